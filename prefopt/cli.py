@@ -1,0 +1,121 @@
+"""prefopt <command> [overrides]. Thin: heavy imports happen inside commands, so help and listings answer at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from prefopt import __version__
+from prefopt.errors import RunFailed, UserError, nearest
+
+HELP = f"""prefopt {__version__}: train, sweep and compare preference-optimisation methods
+
+usage: prefopt <command> [overrides]
+
+  train [overrides]        one run, or with -m a sweep       prefopt train algo=simpo model=tiny-lm
+  eval run=FOLDER          judge a finished run              prefopt eval run=runs/...
+  sample run=FOLDER        let a trained policy answer       prefopt sample run=runs/... prompt="..."
+  list [group]             what there is                     prefopt list algo --view pairs
+  show NAME                one algorithm, model or dataset   prefopt show dpo
+  data check [overrides]   look at data as a model sees it   prefopt data check data=jsonl data.path=pairs.jsonl
+  doctor                   is this machine ready?
+  completion SHELL         shell completion for bash, zsh or fish
+
+Overrides are Hydra's: a group (algo=dpo), a key (optim.lr=1e-4), +experiment=NAME, -m algo=dpo,ipo seed=0,1,2,
+hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to print the composed config, --info.
+"""
+
+COMMANDS = ("train", "eval", "sample", "list", "show", "data", "doctor", "completion")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0 done, 1 the run failed, 2 the user can mend it, 130 or 143 stopped by a signal."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: dispatch(argv))
+
+
+def dispatch(argv: list[str]) -> Any:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return None
+    command, rest = argv[0], argv[1:]
+    if command == "--version":
+        print(f"prefopt {__version__}")
+    elif command in ("train", "eval", "sample"):
+        return _hydra(command, rest)
+    elif command == "data":
+        if rest[:1] != ["check"]:
+            raise UserError(f"prefopt data {' '.join(rest[:1])}: the only data command is `prefopt data check`")
+        return _hydra("data_check", rest[1:])
+    elif command == "list":
+        from prefopt.config.catalogue import list_command
+
+        print(list_command(rest))
+    elif command == "show":
+        from prefopt.config.catalogue import show_text
+
+        if len(rest) != 1:
+            raise UserError("prefopt show takes one name: prefopt show dpo")
+        print(show_text(rest[0]))
+    elif command == "doctor":
+        from prefopt.config.doctor import doctor_text
+
+        text, healthy = doctor_text()
+        print(text)
+        if not healthy:
+            raise SystemExit(1)
+    elif command == "completion":
+        from prefopt.config.completion import script
+
+        print(script(rest[0] if rest else ""))
+    elif command == "__complete":
+        from prefopt.config.completion import answer
+
+        print("\n".join(answer()))
+    else:
+        raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)} (prefopt --help lists them)")
+    return None
+
+
+def _hydra(command: str, overrides: list[str]) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from prefopt.launch.app import run
+
+    return run(command, overrides)
+
+
+def guarded(work: Callable[[], Any], quiet: bool = False) -> int:
+    """Runs `work`; turns what a user can mend into one sentence and exit code 2, a failed run into exit code 1."""
+    try:
+        result = work()
+    except UserError as error:
+        return _say(error, error.exit_code, quiet)
+    except RunFailed as error:
+        return _say(error, error.exit_code, quiet)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _say(f"the disk is full ({error.filename or 'writing'}); free some space and repeat the command, it goes on from the last "
+                        "checkpoint", 2, quiet)
+        if error.errno in (errno.EACCES, errno.EROFS):
+            return _say(f"{error.filename}: cannot be written here ({error.strerror}); choose another hydra.run.dir", 2, quiet)
+        raise
+    except KeyboardInterrupt:
+        return _say("stopped", 130, quiet)
+    if isinstance(result, dict) and "stopped" in result:
+        return 143 if result["stopped"] == "SIGTERM" else 130
+    return 0
+
+
+def _say(message: object, code: int, quiet: bool) -> int:
+    if os.environ.get("PREFOPT_DEBUG") == "1" and sys.exc_info()[1] is not None:
+        raise  # the traceback, for those who ask for it
+    if not quiet:
+        print(f"prefopt: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

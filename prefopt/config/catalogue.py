@@ -1,0 +1,356 @@
+"""What there is to choose from: configs read as text, objectives from source. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt.config.objective_source import FieldInfo, ObjectiveInfo, read_objective
+from prefopt.config.schema import REQUIRED
+from prefopt.errors import UserError, nearest
+
+__all__ = [
+    "FieldInfo", "KeyLine", "ObjectiveInfo", "algo_info", "algo_settings", "conf_dir", "find", "groups", "header",
+    "key_lines", "list_command", "list_text", "load_yaml", "objective_info", "resolved_keys", "show_text",
+]  # fmt: skip
+
+GROUPS = ("algo", "model", "data", "hardware", "tracker", "reward", "sampler", "experiment", "sweep", "debug")
+WIDTH = 100
+VIEWS = {
+    "pairs": "pairs of a chosen and a rejected reply",
+    "unary": "single replies, each labelled good or bad",
+    "demonstrations": "replies to imitate",
+    "ranking": "several replies per prompt, in order",
+    "group": "several sampled replies per prompt, each with a reward",
+}
+QUANTITIES = {"logp": "log-prob of each reply", "token_logp": "log-prob of each token"}
+NEEDS: dict[str, Callable[[ObjectiveInfo], bool]] = {
+    "reference": lambda info: info.needs_reference,
+    "tokens": lambda info: info.token_level,
+    "global": lambda info: info.coupling == "global",
+    "likelihood": lambda info: info.proper_likelihood,
+}
+SYMBOLS = {
+    "h": "h = (w-rw)-(l-rl)",
+    "w": "w: log-prob of the chosen reply",
+    "l": "l: log-prob of the rejected reply",
+    "rw": "rw, rl: the same under the reference",
+    "nw": "nw, nl: their token counts",
+    "p": "p: soft label, 1 if the data has none",
+    "m": "m: margin of the data, 0 if it has none",
+    "y": "y: log-prob of a reply",
+    "r": "r: the same under the reference",
+    "n": "n: its token count",
+    "d": "d: 1 if the reply is desirable",
+    "z": "z: KL estimate",
+    "t": "t: log-prob of one token",
+}
+
+
+# ---- config files, as text ----
+
+
+@dataclass
+class KeyLine:
+    """A key as it stands in a YAML file: its value's own spelling, and the comment beside or above it."""
+
+    value: str
+    comment: str
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML as OmegaConf reads it: 5e-7 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+@cache
+def conf_dir() -> Path:
+    """The folder of the package `prefopt.conf`: `conf/` of an editable install, package data of a wheel."""
+    spec = importlib.util.find_spec("prefopt.conf")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the config files of prefopt are not installed; run pip install -e . in its source folder")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def groups() -> dict[str, list[str]]:
+    """Names in each config group."""
+    return {group: _stems(group) for group in GROUPS}
+
+
+def _stems(group: str) -> list[str]:
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def find(name: str) -> list[tuple[str, str]]:
+    """All (group, name) that `name`, `group=name` or `group/name` stands for."""
+    group, _, stem = name.replace("=", "/").rpartition("/")
+    known = [(g, n) for g, names in groups().items() for n in names if group in ("", g)]
+    if found := [item for item in known if item[1] in (stem, stem.lower())]:
+        return found
+    raise UserError(f"there is no config named {name}{nearest(stem.lower(), [n for _, n in known] or GROUPS)}")
+
+
+def load_yaml(group: str, name: str) -> dict[str, Any]:
+    return yaml.load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"), _Loader) or {}
+
+
+def objective_info(target: str, packages: Sequence[str] = ()) -> ObjectiveInfo:
+    """The objective class `target`, read from source; `slug` is the algorithm whose YAML names it, if any.
+
+    Only prefopt and the trusted `packages` may be named. Raises `UserError` for anything else, or that is not there.
+    """
+    info = read_objective(target, packages)
+    return replace(info, slug=next((slug for slug in _stems("algo") if _target(slug) == target), None))
+
+
+def algo_info(slug: str, packages: Sequence[str] = ()) -> ObjectiveInfo:
+    """The objective of `algo=slug`."""
+    if slug not in _stems("algo"):
+        raise UserError(f"algo={slug} does not exist{nearest(slug.lower(), _stems('algo'))}")
+    return replace(read_objective(_target(slug), packages), slug=slug)
+
+
+def _target(slug: str) -> str:
+    return key_lines(conf_dir() / "algo" / f"{slug}.yaml").get("_target_", KeyLine("", "")).value
+
+
+def algo_settings(slug: str) -> dict[str, Any]:
+    """Hyper-parameters of `algo=slug` as its YAML sets them."""
+    return {key: value for key, value in load_yaml("algo", slug).items() if key != "_target_"}
+
+
+def header(group: str, name: str) -> list[str]:
+    """The comment a YAML file opens with, line by line."""
+    lines = (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return [line.lstrip("# ") for line in lines[: _header_length(lines)] if not line.startswith("# @package")]
+
+
+def _header_length(lines: Sequence[str]) -> int:
+    return next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+
+
+def _split_comment(text: str) -> tuple[str, str]:
+    quote = ""
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and (i == 0 or text[i - 1] in " [{,:"):
+            quote = char
+        elif char == "#" and (i == 0 or text[i - 1] == " "):
+            return text[:i].strip(), text[i + 1 :].strip()
+    return text.strip(), ""
+
+
+def key_lines(path: Path) -> dict[str, KeyLine]:
+    """Every key of a YAML file by its dotted name, in order; `defaults` and other block lists become [a, b]."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = _header_length(lines)
+    found: dict[str, KeyLine] = {}
+    above: list[tuple[int, str]] = []  # the blocks a line is in: indentation and dotted name
+    for number in range(start, len(lines)):
+        text, comment = _split_comment(lines[number])
+        if text.startswith("- ") and above:
+            items = found[above[-1][1]]
+            items.value = f"{items.value[:-1]}, {text[2:]}]" if items.value else f"[{text[2:]}]"
+        elif match := re.match(r"([\w.@/-]+):(?:\s+(.*))?$", text):
+            indent = len(lines[number]) - len(lines[number].lstrip())
+            above = [block for block in above if block[0] < indent]
+            if not comment and number > start and lines[number - 1].lstrip().startswith("#"):
+                comment = lines[number - 1].strip("# ")
+            name = f"{above[-1][1]}.{match[1]}" if above else match[1]
+            found[name] = KeyLine(match[2] or "", comment)
+            above.append((indent, name))
+    return found
+
+
+def resolved_keys(group: str, name: str) -> dict[str, KeyLine]:
+    """Keys of a config with those of its `defaults: [parent, _self_]`. Without a comment a key keeps its parent's."""
+    keys: dict[str, KeyLine] = {}
+    parents = [entry for entry in load_yaml(group, name).get("defaults", []) if isinstance(entry, str)]
+    for parent in parents if "_self_" in parents else [*parents, "_self_"]:
+        own = key_lines(conf_dir() / group / f"{name}.yaml") if parent == "_self_" else resolved_keys(group, parent)
+        for key, line in own.items():
+            keys[key] = KeyLine(line.value, line.comment or (keys[key].comment if key in keys else ""))
+    keys.pop("defaults", None)
+    return keys
+
+
+# ---- texts for the terminal ----
+
+
+def list_command(argv: Sequence[str]) -> str:
+    """`prefopt list [group] [--view VIEW] [--needs NEED]`."""
+    options: dict[str, str] = {}
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        word = words.pop(0)
+        key = word.removeprefix("--") if word.startswith("--") else "group"
+        if key not in ("group", "view", "needs"):
+            raise UserError(f"prefopt list has no option {word}{nearest(word, ('--view', '--needs'))}")
+        if key in options:
+            raise UserError(f"prefopt list takes one {key}, not both {options[key]} and {word}")
+        if word.startswith("--") and not words:
+            raise UserError(f"{word} needs a value, such as {'pairs' if key == 'view' else 'reference'}")
+        options[key] = words.pop(0) if word.startswith("--") else word
+    return list_text(**options)
+
+
+def list_text(group: str | None = None, view: str | None = None, needs: str | None = None) -> str:
+    """Table of one group, or of all. Algorithms can be narrowed by `view` and `needs` (a word of NEEDS, or no-WORD)."""
+    if group is not None and group not in GROUPS:
+        raise UserError(f"there is no group {group}{nearest(group, GROUPS)}")
+    if (view or needs) and group not in (None, "algo"):
+        raise UserError(f"--view and --needs choose among algorithms, not {group}; say prefopt list algo")
+    if group is None and not (view or needs):
+        blocks = [[f"{g}  (prefopt train {g}=NAME)", *_names(g)] for g in GROUPS if groups()[g]]
+        return "\n\n".join("\n".join(block) for block in blocks) + "\n\nprefopt show NAME tells more about one of them."
+    if group not in (None, "algo"):
+        return "\n".join(_names(group))
+    infos = [algo_info(slug) for slug in groups()["algo"]]
+    if view:
+        views = {info.view for info in infos}
+        if view not in views:
+            raise UserError(f"--view {view}: no method reads that{nearest(view, views)}")
+        infos = [info for info in infos if info.view == view]
+    if needs:
+        word = needs.removeprefix("no-")
+        if word not in NEEDS:
+            raise UserError(f"--needs {needs} is not a need{nearest(word, NEEDS)}")
+        infos = [info for info in infos if NEEDS[word](info) != needs.startswith("no-")]
+    titles = ("NAME", "ARXIV", "VIEW", "REFERENCE", "TOKENS", "COUPLING", "WHAT IT IS")
+    mark = {True: "yes", False: "-"}
+    rows = [
+        (i.slug, i.paper or "-", i.view, mark[i.needs_reference], mark[i.token_level], i.coupling, i.summary)
+        for i in infos
+    ]
+    return "\n".join(table([titles, *rows])) if rows else "no method fits"
+
+
+def _names(group: str) -> list[str]:
+    if group == "algo":
+        return table([(slug, algo_info(slug).summary) for slug in groups()[group]], "  ")
+    return table([(name, next(iter(header(group, name)), "")) for name in groups()[group]], "  ")
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """Aligned columns; the last one is wrapped."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    lines: list[str] = []
+    for row in rows:
+        left = indent + "".join(cell.ljust(width + 2) for cell, width in zip(row, widths, strict=False))
+        lines += _wrap(row[-1], left) if row[-1] else [left.rstrip()]
+    return lines
+
+
+def _wrap(text: str, first: str, rest: str | None = None) -> list[str]:
+    rest = " " * len(first) if rest is None else rest
+    options = {"initial_indent": first, "subsequent_indent": rest, "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, WIDTH, **options) or [first.rstrip()]
+
+
+def show_text(name: str) -> str:
+    """All about a config: what it is, its keys with their comments, and the command that uses it."""
+    rule = "\n\n" + "-" * 60 + "\n\n"
+    return rule.join("\n".join(_show_algo(n) if g == "algo" else _show_config(g, n)) for g, n in find(name))
+
+
+def needs_lines(info: ObjectiveInfo) -> list[str]:
+    """What an objective asks of data, models and batches, a sentence each."""
+    lines = [f"data: {VIEWS.get(info.view, info.view)}; optional columns it uses: {', '.join(info.columns) or 'none'}"]
+    for scorer, quantities in info.quantities.items():
+        lines.append(f"{scorer}: {', '.join(f'{q} ({QUANTITIES[q]})' if q in QUANTITIES else q for q in quantities)}")
+    if not info.needs_reference:
+        lines.append("no reference model")
+    if info.coupling == "global":
+        lines.append("coupling: the loss of one row depends on the scores of the whole batch, so rows are scored twice")
+    if info.min_batch > 1:
+        lines.append(f"batch: at least {info.min_batch} rows")
+    if info.proper_likelihood:
+        lines.append("likelihood: log-probs of a normalised distribution, so it is refused on diffusion models")
+    return lines
+
+
+def limit_text(pinned: dict[str, Any], then: str) -> str:
+    return f"at {', '.join(f'{key} = {value}' for key, value in pinned.items())} the loss is {then}"
+
+
+def symbols_text(info: ObjectiveInfo) -> str:
+    """What the letters in its formula stand for."""
+    used = {word for text in info.formula.values() for word in re.findall(r"[a-z]+", text)} - set(info.fields)
+    used |= {"w", "l", "rw"} & ({"w", "l", "rw"} if "h" in used else set())
+    return "; ".join(text for symbol, text in SYMBOLS.items() if symbol in used)
+
+
+def _show_algo(slug: str) -> list[str]:
+    info = algo_info(slug)
+    summary, *body = info.doc.strip().splitlines() or [""]
+    lines = [*_wrap(summary, f"{slug}: ", "  "), *([""] if body and body[0].strip() else [])]
+    lines += [part for line in body for part in (_wrap(line, "  ", "      ") if line.strip() else [""])]
+    lines += ["", *([f"Paper: https://arxiv.org/abs/{info.paper}"] if info.paper else []), f"Class: {info.target}"]
+    lines += ["", "Loss, term by term"]
+    lines += [part for term, text in info.formula.items() for part in _wrap(text, f"  {term} = ", "      ")]
+    lines += _wrap(symbols_text(info), "  ", "  ") if info.formula else []
+    lines += ["", "Defaults"]
+    lines += [part for line in header("algo", slug) for part in _wrap(line, "  # ", "  # ")]
+    settings = {key: line for key, line in resolved_keys("algo", slug).items() if key != "_target_"}
+    lines += _keys_text(settings, "  algo.") or ["  no hyper-parameters"]
+    lines += [f"  must hold: {rule}" for rule in info.require]
+    lines += ["", "Needs", *(part for line in needs_lines(info) for part in _wrap(line, "  ", "    "))]
+    if info.limits:
+        lines += ["", "Special cases"]
+        lines += [part for limit in info.limits for part in _wrap(limit_text(*limit), "  ", "      ")]
+    lines += ["", "Use", f"  prefopt train algo={slug} model=tiny-lm"]
+    numbers = {key: value for key, value in algo_settings(slug).items() if type(value) is float and value > 0}
+    for key, value in list(numbers.items())[:1]:
+        lines.append(f"  prefopt train -m algo={slug} algo.{key}={value / 2:g},{value:g},{value * 2:g}")
+    return lines
+
+
+def _show_config(group: str, name: str) -> list[str]:
+    lines = [f"{group}={name}", *(part for line in header(group, name) for part in _wrap(line, "  "))]
+    chosen = [entry for entry in load_yaml(group, name).get("defaults", []) if isinstance(entry, dict)]
+    if chosen:
+        pairs = [pair for entry in chosen for pair in entry.items()]
+        picks = [f"{key.removeprefix('override ').lstrip('/')}={value}" for key, value in pairs]
+        lines += ["", "Chooses", *_wrap("  ".join(picks), "  ")]
+    keys = resolved_keys(group, name)
+    is_global = group in ("experiment", "sweep", "debug")
+    lines += ["", "Keys", *_keys_text(keys, "  " if is_global else f"  {group}.")]
+    other = {"model": "data", "data": "model"}.get(group)
+    extra = f" {other}={name}" if other and name in groups()[other] else ""
+    extra += "".join(f" {group}.{key}=..." for key, line in keys.items() if line.value == REQUIRED)
+    command = "prefopt train -m" if group == "sweep" else "prefopt train"
+    return [*lines, "", "Use", f"  {command} {group}={name}{extra}"]
+
+
+def _keys_text(keys: dict[str, KeyLine], prefix: str) -> list[str]:
+    """Dotted keys as one would write them on the command line, with their values and comments."""
+    rows: list[tuple[str, str]] = []
+    pending = ""  # a block's own comment goes to its first key
+    for key, line in keys.items():
+        if not line.value and any(other.startswith(f"{key}.") for other in keys):
+            pending = line.comment
+            continue
+        rows.append((f"{prefix}{key}: {line.value}", line.comment or pending))
+        pending = ""
+    column = min(max((len(left) for left, _ in rows), default=0) + 2, 46)
+    lines = []
+    for left, comment in rows:
+        head = left.ljust(column) if len(left) < column else f"{left}  "
+        if len(head) > WIDTH - 30 and comment:
+            lines.append(left)
+            head = " " * column
+        lines += _wrap(comment, f"{head}# ", " " * column + "# ") if comment else [left]
+    return lines

@@ -1,0 +1,255 @@
+"""The typed shape of every config: unknown keys fail, wrong types fail. Comments on keys live in `conf/`.
+
+Plain dataclasses on purpose (OmegaConf makes frozen ones read-only). Imports neither torch nor Hydra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+REQUIRED = "???"
+
+
+@dataclass
+class LoraConfig:
+    enabled: bool = False
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    adapter: Optional[str] = None
+
+
+@dataclass
+class ModelConfig:
+    name: str = REQUIRED
+    kind: str = "causal_lm"  # causal_lm | tabular
+    path: Optional[str] = None
+    revision: Optional[str] = None
+    gguf_file: Optional[str] = None
+    wheel: Optional[str] = None
+    chat_template: Optional[str] = None
+    learning_rate: float = 5e-7
+    micro_batch_tokens: int = 4096
+    attention: str = "sdpa"
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class ColumnsConfig:
+    prompt: Optional[str] = "prompt"
+    chosen: Optional[str] = "chosen"
+    rejected: Optional[str] = "rejected"
+    completion: Optional[str] = "completion"
+    completions: Optional[str] = "completions"
+    messages: Optional[str] = "messages"
+    scores: Optional[str] = "scores"
+    ranks: Optional[str] = "ranks"
+    label: Optional[str] = "label"
+    weight: Optional[str] = "weight"
+    margin: Optional[str] = "margin"
+
+
+@dataclass
+class DataConfig:
+    name: str = REQUIRED
+    source: str = REQUIRED  # tiny_feedback | bandit | hub | files
+    path: Optional[str] = None
+    subset: Optional[str] = None
+    revision: Optional[str] = None
+    train: Optional[str] = None
+    eval: Optional[str] = None
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    limit: Optional[int] = None
+    eval_limit: Optional[int] = 256
+    eval_fraction: float = 0.05
+    on_bad_row: str = "stop"  # stop | skip
+    render: str = "auto"  # auto | chat | text
+    max_prompt_tokens: Optional[int] = None
+    max_completion_tokens: Optional[int] = None
+    on_long_prompt: str = "stop"  # stop | keep_end
+    pairs: str = "best_worst"  # best_worst | all
+    label_noise: float = 0.0
+    length_bias: float = 0.0
+
+
+@dataclass
+class HardwareConfig:
+    name: str = REQUIRED
+    device: str = "auto"  # auto | cpu | cuda
+    processes: int = 1
+    precision: str = "fp32"  # fp32 | bf16
+    threads: Optional[int] = None
+
+
+@dataclass
+class TrackerConfig:
+    mode: str = "off"  # online | offline | off
+    project: str = "prefopt"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    init_timeout: float = 20.0
+
+
+@dataclass
+class RewardConfig:
+    kind: str = "auto"  # auto | none
+
+
+@dataclass
+class SamplerConfig:
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    batch_size: int = 64
+
+
+@dataclass
+class ReferenceConfig:
+    policy: str = "initial"  # initial | base
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-7
+    schedule: str = "cosine"  # constant | linear | cosine
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class LoopConfig:
+    batch_size: int = 32
+    epochs: float = 1.0
+    steps: Optional[int] = None
+    micro_batch_tokens: int = 4096
+    log_every: int = 1
+    eval_every: Optional[int] = None
+    save_every: Optional[int] = None
+    keep_checkpoints: int = 2
+    max_skipped_steps: int = 5
+    self_check: bool = True
+
+
+@dataclass
+class EvaluationConfig:
+    prompts: int = 64
+    kl: bool = True
+
+
+@dataclass
+class TrustConfig:
+    remote_code: bool = False
+    packages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    algo: dict[str, Any] = REQUIRED  # type: ignore[assignment]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trust: TrustConfig = field(default_factory=TrustConfig)
+    seed: int = 0
+    resume: str = "auto"  # auto | never
+    run_dir: str = REQUIRED
+
+
+# Values a text key may take; anything else is refused at composition.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.kind": ("causal_lm", "tabular"),
+    "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "data.source": ("tiny_feedback", "bandit", "hub", "files"),
+    "data.on_bad_row": ("stop", "skip"),
+    "data.render": ("auto", "chat", "text"),
+    "data.on_long_prompt": ("stop", "keep_end"),
+    "data.pairs": ("best_worst", "all"),
+    "hardware.device": ("auto", "cpu", "cuda"),
+    "hardware.precision": ("fp32", "bf16"),
+    "tracker.mode": ("online", "offline", "off"),
+    "reward.kind": ("auto", "none"),
+    "reference.policy": ("initial", "base"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "resume": ("auto", "never"),
+}
+
+# (key, test, what it must be): bounds that the types cannot say.
+BOUNDS: tuple[tuple[str, str, str], ...] = (
+    ("model.lora.r", "x >= 1", "at least 1"),
+    ("model.lora.dropout", "0 <= x < 1", "in [0, 1)"),
+    ("model.dropout", "0 <= x < 1", "in [0, 1)"),
+    ("model.learning_rate", "x > 0", "above 0"),
+    ("model.micro_batch_tokens", "x >= 1", "at least 1"),
+    ("data.limit", "x is None or x >= 1", "at least 1, or null"),
+    ("data.eval_limit", "x is None or x >= 1", "at least 1, or null"),
+    ("data.eval_fraction", "0 <= x < 1", "in [0, 1)"),
+    ("data.max_prompt_tokens", "x is None or x >= 1", "at least 1, or null"),
+    ("data.max_completion_tokens", "x is None or x >= 1", "at least 1, or null"),
+    ("data.label_noise", "0 <= x <= 0.5", "in [0, 0.5]"),
+    ("hardware.processes", "x >= 1", "at least 1"),
+    ("hardware.threads", "x is None or x >= 1", "at least 1, or null"),
+    ("tracker.init_timeout", "x > 0", "above 0"),
+    ("sampler.temperature", "x >= 0", "0 (greedy) or more"),
+    ("sampler.top_p", "0 < x <= 1", "in (0, 1]"),
+    ("sampler.max_new_tokens", "x >= 1", "at least 1"),
+    ("sampler.batch_size", "x >= 1", "at least 1"),
+    ("optim.lr", "x > 0", "above 0"),
+    ("optim.warmup", "0 <= x < 1", "a share of the steps, in [0, 1)"),
+    ("optim.weight_decay", "x >= 0", "0 or more"),
+    ("optim.eps", "x > 0", "above 0"),
+    ("optim.betas", "len(x) == 2 and all(0 <= b < 1 for b in x)", "two numbers in [0, 1)"),
+    ("optim.max_grad_norm", "x > 0", "above 0"),
+    ("train.batch_size", "x >= 1", "at least 1"),
+    ("train.epochs", "x > 0", "above 0"),
+    ("train.steps", "x is None or x >= 1", "at least 1, or null"),
+    ("train.micro_batch_tokens", "x >= 1", "at least 1"),
+    ("train.log_every", "x >= 1", "at least 1"),
+    ("train.eval_every", "x is None or x >= 1", "at least 1, or null"),
+    ("train.save_every", "x is None or x >= 1", "at least 1, or null"),
+    ("train.keep_checkpoints", "x >= 1", "at least 1"),
+    ("train.max_skipped_steps", "x >= 0", "0 or more"),
+    ("evaluation.prompts", "x >= 0", "0 or more"),
+)
+
+
+@dataclass
+class EvalConfig:
+    run: str = REQUIRED
+    prompts: int = 256
+    seed: int = 0
+    output: Optional[str] = None
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass
+class SampleConfig:
+    run: str = REQUIRED
+    prompt: Optional[str] = None
+    count: int = 4
+    seed: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass
+class DataCheckConfig:
+    algo: dict[str, Any] = REQUIRED  # type: ignore[assignment]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trust: TrustConfig = field(default_factory=TrustConfig)
+    example: int = 0
+
+
+COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig}

@@ -1,0 +1,204 @@
+"""From tokenised examples to steps and micro-batches of edges.
+
+A *step* is an ordered list of row numbers, fixed before any split by (seed, epoch). It is dealt out to ranks and cut into micro-batches
+of a token budget; neither changes the loss, because every term is normalised over the whole step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.objectives.base import Batch, Demonstrations, Pairs, Unary
+
+
+@dataclass
+class Row:
+    """A tokenised example with what its views need. `mismatched` is another row's reply under this prompt."""
+
+    tokens: Tokens
+    kind: str
+    label: float = 1.0
+    weight: float = 1.0
+    margin: float = 0.0
+    scores: list[float] | None = None
+    desirable: list[bool] | None = None
+    mismatched: list[Branch] | None = None
+
+    def branches(self, view: str) -> list[Branch]:
+        """The completions that `view` reads."""
+        return self.tokens.branches[:1] if view == "demonstrations" else self.tokens.branches
+
+    def cost(self, view: str) -> tuple[int, int]:
+        """(edges, longest edge in tokens)."""
+        branches = self.branches(view) + (self.mismatched or [])
+        return len(branches), len(self.tokens.prompt) + max(len(b.ids) for b in branches)
+
+
+@dataclass
+class MicroBatch:
+    """E edges as padded rows. `trained` marks the tokens whose log-prob is asked for; `layout` holds the objective's views."""
+
+    input_ids: Tensor  # [E, T]
+    attention: Tensor  # [E, T] bool, right padded
+    trained: Tensor  # [E, T] bool
+    layout: Batch  # without scores
+    gradient: Tensor  # [E] bool: edges whose scores may carry a gradient
+    rows: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.attention.sum())
+
+    def only(self, keep: Tensor) -> MicroBatch:
+        """The edges where `keep` [E] is true, without views: for a second pass over part of the batch."""
+        if bool(keep.all()):
+            return self
+        trained, lengths = self.trained[keep], self.layout.lengths[keep]
+        token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        return MicroBatch(self.input_ids[keep], self.attention[keep], trained, Batch(lengths, token_edge, {}), self.gradient[keep], self.rows)
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        layout = Batch(
+            self.layout.lengths.to(device), self.layout.token_edge.to(device), {},
+            *(_move(v, device) for v in (self.layout.pairs, self.layout.unary, self.layout.demonstrations)),
+        )
+        return MicroBatch(self.input_ids.to(device), self.attention.to(device), self.trained.to(device), layout,
+                          self.gradient.to(device), self.rows)
+
+
+def _move(view, device):
+    return None if view is None else type(view)(**{k: v.to(device) for k, v in vars(view).items()})
+
+
+def derangement(count: int, seed: int) -> list[int]:
+    """A seeded permutation without fixed points (one cycle), so that no row is its own mismatch. `count` >= 2."""
+    order = list(range(count))
+    random.Random(f"derangement {seed}").shuffle(order)
+    out = [0] * count
+    for here, there in zip(order, order[1:] + order[:1], strict=True):
+        out[here] = there
+    return out
+
+
+def step_rows(total: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Row numbers of optimiser step `step` (from 0). Each epoch is a fresh permutation; its last step may be shorter."""
+    per_epoch = -(-total // batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = list(range(total))
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def split_step(rows: Sequence[Row], chosen: Sequence[int], view: str, budget: int, world: int) -> list[list[list[int]]]:
+    """[rank][micro-batch] -> row numbers. All ranks get the same number of micro-batches; an empty one is a filler.
+
+    Rows are sorted by length and dealt in a snake, then cut where the padded size would pass `budget` tokens.
+    A single row over the budget gets a micro-batch of its own.
+    """
+    by_length = sorted(chosen, key=lambda r: (-rows[r].cost(view)[1], r))
+    ranks: list[list[int]] = [[] for _ in range(world)]
+    for i, row in enumerate(by_length):
+        lap, place = divmod(i, world)
+        ranks[place if lap % 2 == 0 else world - 1 - place].append(row)
+    cut = [_cut([(r, *rows[r].cost(view)) for r in mine], budget) for mine in ranks]
+    most = max(len(micro) for micro in cut)
+    return [micro + [[] for _ in range(most - len(micro))] for micro in cut]
+
+
+def _cut(rows: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
+    micro: list[list[int]] = []
+    edges = longest = 0
+    for row, count, length in rows:
+        edges, longest = edges + count, max(longest, length)
+        if not micro or edges * longest > budget:
+            micro.append([])
+            edges, longest = count, length
+        micro[-1].append(row)
+    return micro
+
+
+def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_labels: bool = True, filler: int = 0) -> MicroBatch:
+    """The micro-batch of the rows `chosen`. An empty list gives a filler: row `filler`'s edges, with views that hold nothing.
+
+    Without `soft_labels` a pair with label p counts as two pairs of weight p and 1 - p, in both directions: the same expectation.
+    """
+    edges: list[tuple[list[int], Branch, bool]] = []
+    pairs: list[tuple[int, int, float, float, float]] = []
+    unary: list[tuple[int, bool, float]] = []
+    mismatched: list[int] = []
+    demonstrations: list[tuple[int, float]] = []
+    for number in chosen or [filler]:
+        row = rows[number]
+        first = len(edges)
+        edges += [(row.tokens.prompt, b, True) for b in row.branches(view)]
+        if row.mismatched:
+            mismatched += range(len(edges), len(edges) + len(row.mismatched))
+            edges += [(row.tokens.prompt, b, False) for b in row.mismatched]
+        if view == "pairs":
+            pairs += _pairs(row, first, soft_labels)
+        elif view == "unary":
+            unary += _unary(row, first)
+        else:
+            demonstrations.append((first, row.weight))
+    if not chosen:
+        pairs, unary, mismatched, demonstrations = [], [], [], []
+
+    width = max(len(p) + len(b.ids) for p, b, _ in edges)
+    input_ids = torch.full((len(edges), width), pad)
+    attention, trained = torch.zeros(len(edges), width, dtype=torch.bool), torch.zeros(len(edges), width, dtype=torch.bool)
+    for e, (prompt, branch, _) in enumerate(edges):
+        n, full = len(prompt), len(prompt) + len(branch.ids)
+        input_ids[e, :full] = torch.tensor(prompt + branch.ids)
+        attention[e, :full] = True
+        trained[e, n:full] = torch.tensor(branch.mask)
+    lengths = trained.sum(1)
+    layout = Batch(lengths, torch.repeat_interleave(torch.arange(len(edges)), lengths), {})
+    if view == "pairs":
+        c, r, p, w, m = zip(*pairs, strict=True) if pairs else ((),) * 5
+        layout.pairs = Pairs(_long(c), _long(r), _float(p), _float(w), _float(m))
+    elif view == "unary":
+        e, d, w = zip(*unary, strict=True) if unary else ((),) * 3
+        layout.unary = Unary(_long(e), torch.tensor(d, dtype=torch.bool), _float(w), _long(mismatched))
+    else:
+        e, w = zip(*demonstrations, strict=True) if demonstrations else ((),) * 2
+        layout.demonstrations = Demonstrations(_long(e), _float(w))
+    gradient = torch.tensor([g for _, _, g in edges])
+    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen))
+
+
+def _pairs(row: Row, first: int, soft_labels: bool) -> list[tuple[int, int, float, float, float]]:
+    last = first + len(row.tokens.branches) - 1
+    if row.kind == "ranking_all":
+        n = len(row.scores)
+        found = [(i, j) for i in range(n) for j in range(i + 1, n) if row.scores[i] > row.scores[j]]
+        # A row counts once, however many pairs its ranking holds.
+        return [(first + i, first + j, 1.0, row.weight / len(found), row.margin) for i, j in found]
+    if soft_labels or row.label in (0.0, 1.0):
+        if row.label > 0 or soft_labels:
+            return [(first, last, row.label if soft_labels else 1.0, row.weight, row.margin)]
+        return [(last, first, 1.0, row.weight, -row.margin)]
+    return [(first, last, 1.0, row.weight * row.label, row.margin), (last, first, 1.0, row.weight * (1 - row.label), -row.margin)]
+
+
+def _unary(row: Row, first: int) -> list[tuple[int, bool, float]]:
+    if row.desirable is not None:
+        return [(first + i, good, row.weight) for i, good in enumerate(row.desirable)]
+    last = first + len(row.tokens.branches) - 1
+    out = [(first, True, row.weight * row.label), (last, False, row.weight * row.label)]
+    if row.label < 1:
+        out += [(first, False, row.weight * (1 - row.label)), (last, True, row.weight * (1 - row.label))]
+    return out
+
+
+def _long(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _float(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)

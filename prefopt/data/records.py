@@ -1,0 +1,262 @@
+"""The canonical example: a prompt with K completions and what is known about them. Every accepted row shape becomes one.
+
+Shapes, told apart by the columns a row has (names can be mapped in `data.columns`):
+  prompt + chosen + rejected       text, or chat messages; `label` may be the probability that chosen is better
+  chosen + rejected                whole dialogues (messages, or Human/Assistant text) whose shared beginning is the prompt
+  prompt + completions + scores    a ranking; `ranks` (1 is best) does as well
+  prompt + completion + label      thumbs-up or thumbs-down
+  prompt + completion, or messages a demonstration
+  prompt                           a prompt for sampling
+Optional per-row columns: weight, margin. A row that fits none raises `BadRow` with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class BadRow(ValueError):
+    """Why a row cannot be used; the reader adds file and row number."""
+
+
+@dataclass
+class Message:
+    role: str
+    content: list[dict[str, Any]]  # parts: {"type": "text", "text": ...}
+    train: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(part["text"] for part in self.content if part["type"] == "text")
+
+    def plain(self) -> dict[str, str]:
+        """The form chat templates take."""
+        return {"role": self.role, "content": self.text}
+
+
+@dataclass
+class Completion:
+    messages: list[Message]
+    score: float | None = None
+    desirable: bool | None = None
+
+    @property
+    def text(self) -> str:
+        return "\n".join(m.text for m in self.messages)
+
+
+@dataclass
+class Example:
+    """K completions in order: for a pair chosen then rejected, for a ranking best first."""
+
+    prompt: list[Message]
+    completions: list[Completion]
+    kind: str  # pair | ranking | unary | demonstration | prompt
+    label: float = 1.0  # pair: probability that the first completion is the better one
+    weight: float = 1.0
+    margin: float = 0.0
+    chat: bool = True  # False: the row was bare text, not messages
+    origin: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_text(self) -> str:
+        return "\n".join(m.text for m in self.prompt)
+
+
+def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str = "") -> Example:
+    """The example in a row. Raises `BadRow`. Columns that no shape uses are kept in `meta`."""
+    named = {key: name for key, name in columns.items() if name is not None}
+    value = {key: row[name] for key, name in named.items() if row.get(name) is not None}
+    meta = {k: v for k, v in row.items() if k not in named.values()}
+    has = value.__contains__
+    if has("chosen") or has("rejected"):
+        for side in ("chosen", "rejected"):
+            if not has(side):
+                raise BadRow(f"there is no '{named.get(side, side)}'")
+        example = _pair(value)
+    elif has("completions"):
+        example = _ranking(value)
+    elif has("completion"):
+        example = _single(value)
+    elif has("messages"):
+        messages = _messages(value["messages"], "messages")
+        example = Example(*_split_last(messages), kind="demonstration")
+    elif has("prompt"):
+        prompt, chat = _prompt(value["prompt"])
+        example = Example(prompt, [], kind="prompt", chat=chat)
+    else:
+        have = ", ".join(sorted(row)) or "no columns"
+        raise BadRow(f"none of the columns prompt, chosen, completion, completions, messages is there (it has: {have})")
+    example.weight = _number(value.get("weight", 1.0), "weight", low=0.0)
+    example.margin = _number(value.get("margin", 0.0), "margin")
+    example.origin, example.meta = origin, meta
+    for completion in example.completions:
+        for message in completion.messages:
+            message.train = message.role == "assistant"
+        if not all(m.text.strip() for m in completion.messages if m.train):
+            raise BadRow("a completion is empty")
+    return example
+
+
+def _pair(value: dict[str, Any]) -> Example:
+    chat = True
+    sides = []
+    for key in ("chosen", "rejected"):
+        raw = value[key]
+        if isinstance(raw, str):
+            dialogue = None if "prompt" in value else parse_dialogue(raw)
+            if dialogue is None and "prompt" not in value:
+                raise BadRow(f"'{key}' is bare text and there is no prompt column: where the prompt ends cannot be known")
+            sides.append(dialogue or [_message("assistant", raw)])
+        else:
+            sides.append(_messages(raw, key))
+    if all(side[0].role == "assistant" for side in sides) and "prompt" in value:
+        prompt, chat = _prompt(value["prompt"])
+        if any(side[-1].role != "assistant" for side in sides):
+            raise BadRow("a dialogue does not end with an assistant's turn")
+    else:
+        prompt, sides = _shared_prompt(sides)
+    if [m.plain() for m in sides[0]] == [m.plain() for m in sides[1]]:
+        raise BadRow("chosen and rejected are the same text")
+    label = _number(value.get("label", 1.0), "label", low=0.0, high=1.0)
+    return Example(prompt, [Completion(sides[0]), Completion(sides[1])], kind="pair", label=label, chat=chat)
+
+
+def _shared_prompt(sides: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """Splits whole dialogues at the first assistant turn in which they differ."""
+    a, b = sides
+    shared = 0
+    while shared < min(len(a), len(b)) and a[shared].plain() == b[shared].plain():
+        shared += 1
+    if shared == len(a) == len(b):
+        raise BadRow("chosen and rejected are the same text")
+    if shared == min(len(a), len(b)):
+        raise BadRow("one dialogue ends where the other goes on: they have no two completions to compare")
+    if shared == 0:
+        raise BadRow("chosen and rejected share no beginning, so there is no prompt")
+    if a[shared].role != "assistant" or b[shared].role != "assistant":
+        raise BadRow("chosen and rejected part at a user's turn, not at a reply")
+    if a[-1].role != "assistant" or b[-1].role != "assistant":
+        raise BadRow("a dialogue does not end with an assistant's turn")
+    return a[:shared], [a[shared:], b[shared:]]
+
+
+def _ranking(value: dict[str, Any]) -> Example:
+    if "prompt" not in value:
+        raise BadRow("'completions' needs a prompt")
+    prompt, chat = _prompt(value["prompt"])
+    raw = value["completions"]
+    if not isinstance(raw, (list, tuple)) or len(raw) < 2:
+        raise BadRow("'completions' is not a list of two or more")
+    key = "scores" if "scores" in value else "ranks"
+    marks = value.get(key)
+    if marks is None:
+        raise BadRow("'completions' needs 'scores' or 'ranks'")
+    if not isinstance(marks, (list, tuple)) or len(marks) != len(raw):
+        raise BadRow(f"there are {len(raw)} completions but {len(marks) if hasattr(marks, '__len__') else 'no list of'} {key}")
+    scores = [_number(m, key) * (1 if key == "scores" else -1) for m in marks]
+    completions = [Completion(_completion_messages(c), score=s) for c, s in zip(raw, scores, strict=True)]
+    completions.sort(key=lambda c: -c.score)
+    if completions[0].score == completions[-1].score:
+        raise BadRow("all completions have the same score")
+    return Example(prompt, completions, kind="ranking", chat=chat)
+
+
+def _single(value: dict[str, Any]) -> Example:
+    if "prompt" not in value:
+        raise BadRow("'completion' needs a prompt")
+    prompt, chat = _prompt(value["prompt"])
+    completion = Completion(_completion_messages(value["completion"]))
+    if "label" not in value:
+        return Example(prompt, [completion], kind="demonstration", chat=chat)
+    label = value["label"]
+    if label not in (0, 1, True, False):
+        raise BadRow(f"label is {label!r}; for a single completion it is true or false")
+    completion.desirable = bool(label)
+    return Example(prompt, [completion], kind="unary", chat=chat)
+
+
+def _prompt(raw: Any) -> tuple[list[Message], bool]:
+    if isinstance(raw, str):
+        messages = parse_dialogue(raw)
+        if messages is None:
+            return [_message("user", raw)], False
+        if messages[-1].role == "assistant" and not messages[-1].text:
+            messages.pop()  # "...\n\nAssistant:" only asks for a reply
+    else:
+        messages = _messages(raw, "prompt")
+    if messages[-1].role == "assistant":
+        raise BadRow("the prompt ends with an assistant's turn")
+    return messages, True
+
+
+def _completion_messages(raw: Any) -> list[Message]:
+    if isinstance(raw, str):
+        return [_message("assistant", raw)]
+    messages = _messages(raw, "completion")
+    if messages[0].role != "assistant" or messages[-1].role != "assistant":
+        raise BadRow("a completion must begin and end with an assistant's turn")
+    return messages
+
+
+def _messages(raw: Any, what: str) -> list[Message]:
+    if isinstance(raw, dict):
+        raw = [raw]
+    if not isinstance(raw, (list, tuple)) or not raw:
+        raise BadRow(f"'{what}' is neither text nor a list of messages")
+    messages = []
+    for item in raw:
+        if not isinstance(item, dict) or "role" not in item or "content" not in item:
+            raise BadRow(f"'{what}' holds something that is no message with role and content")
+        messages.append(_message(item["role"], item["content"]))
+    return messages
+
+
+def _message(role: Any, content: Any) -> Message:
+    if role not in ROLES:
+        raise BadRow(f"unknown role {role!r} (roles are {', '.join(ROLES)})")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)) or not all(isinstance(p, dict) and "type" in p for p in content):
+        raise BadRow("a message's content is neither text nor a list of parts")
+    for part in content:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"a message part of type {part['type']!r}: only text parts are supported by language models here")
+    return Message(role, [dict(p) for p in content])
+
+
+def _split_last(messages: list[Message]) -> tuple[list[Message], list[Completion]]:
+    first = next((i for i, m in enumerate(messages) if m.role == "assistant"), None)
+    if first in (None, 0) or messages[-1].role != "assistant":
+        raise BadRow("a demonstration needs a user's turn and must end with an assistant's")
+    return messages[:first], [Completion(messages[first:])]
+
+
+def _number(raw: Any, what: str, low: float = -math.inf, high: float = math.inf) -> float:
+    try:
+        number = float(raw)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRow(f"'{what}' is {str(raw)[:40]!r}, not a number") from None
+    if not math.isfinite(number):
+        raise BadRow(f"'{what}' is {number}")
+    if not low <= number <= high:
+        raise BadRow(f"'{what}' is {number}, outside [{low:g}, {high:g}]")
+    return number
+
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
+
+
+def parse_dialogue(text: str) -> list[Message] | None:
+    """Messages of an HH-style string ("\\n\\nHuman: ...\\n\\nAssistant: ..."); None if it is no such string."""
+    parts = _TURN.split(text)
+    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
+        return None
+    turns = [(parts[i], parts[i + 1].strip()) for i in range(1, len(parts) - 1, 2)]
+    return [_message("user" if who == "Human" else "assistant", said) for who, said in turns]

@@ -1,0 +1,228 @@
+"""Where rows come from: the user's files, the hub, the generated worlds. All yield (origin, row or BadRow)."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from prefopt.config.schema import DataConfig
+from prefopt.data import bandit, tiny_feedback
+from prefopt.data.records import BadRow, Example, parse_row
+from prefopt.errors import UserError
+
+RawRow = tuple[str, "dict | BadRow"]
+
+
+@dataclass
+class Rejected:
+    origin: str
+    reason: str
+
+
+@dataclass
+class Split:
+    """The usable examples of one split and the rows that could not be used, with reasons."""
+
+    name: str
+    examples: list[Example]
+    rejected: list[Rejected] = field(default_factory=list)
+    revision: str | None = None  # the hub commit that was read
+
+    def digest(self) -> str:
+        """sha256 over prompts, completions and labels, in order."""
+        h = hashlib.sha256()
+        for e in self.examples:
+            h.update(repr(([m.plain() for m in e.prompt], [[m.plain() for m in c.messages] for c in e.completions],
+                           [(c.score, c.desirable) for c in e.completions], e.label, e.weight, e.margin)).encode())
+        return h.hexdigest()
+
+
+def load_data(cfg: DataConfig, seed: int = 0) -> tuple[Split, Split]:
+    """(train, eval) examples. With `on_bad_row=stop` the first unusable row raises a `UserError` naming file, row and reason."""
+    train_rows, eval_rows, revision = _raw(cfg)
+    train = _collect("train", train_rows, cfg, cfg.limit, revision)
+    if eval_rows is not None:
+        held_out = _collect("eval", eval_rows, cfg, cfg.eval_limit, revision)
+    else:
+        train, held_out = _hold_out(train, cfg, seed)
+    if not train.examples:
+        raise UserError(f"data={cfg.name}: no usable row among {len(train.rejected)} (first reason: {_first(train)})")
+    return train, held_out
+
+
+def _first(split: Split) -> str:
+    return f"{split.rejected[0].origin}: {split.rejected[0].reason}" if split.rejected else "the data is empty"
+
+
+def _collect(name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | None, revision: str | None) -> Split:
+    split, columns = Split(name, [], revision=revision), asdict(cfg.columns)
+    for origin, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            split.examples.append(parse_row(row, columns, origin))
+        except BadRow as reason:
+            reject(split, origin, str(reason), cfg)
+        if limit is not None and len(split.examples) >= limit:
+            break
+    return split
+
+
+def reject(split: Split, origin: str, reason: str, cfg: DataConfig) -> None:
+    """Counts a bad row, or stops the run, as `data.on_bad_row` says."""
+    if cfg.on_bad_row == "stop":
+        raise UserError(f"{origin}: {reason}. Mend the row, or set data.on_bad_row=skip to leave such rows out (they are counted).")
+    split.rejected.append(Rejected(origin, reason))
+
+
+def _hold_out(train: Split, cfg: DataConfig, seed: int) -> tuple[Split, Split]:
+    """A held-out share chosen by the hash of each prompt, so that equal prompts never stand on both sides."""
+    total = len(train.examples)
+    wanted = min(int(cfg.eval_fraction * total), cfg.eval_limit or total)
+    if wanted == 0:
+        return train, Split("eval", [], revision=train.revision)
+
+    def order(example: Example) -> str:
+        return hashlib.sha256(f"{seed}:{example.prompt_text}".encode()).hexdigest()
+
+    ranked = sorted(range(total), key=lambda i: (order(train.examples[i]), i))
+    cut = wanted
+    while cut < total and order(train.examples[ranked[cut]]) == order(train.examples[ranked[cut - 1]]):
+        cut += 1
+    held = set(ranked[:cut]) if cut <= total // 2 else set()  # few prompts with many rows: better no held-out rows than no training rows
+    held_out = Split("eval", [train.examples[i] for i in sorted(held)], revision=train.revision)
+    kept = Split("train", [e for i, e in enumerate(train.examples) if i not in held], train.rejected, train.revision)
+    return kept, held_out
+
+
+def _raw(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+    if cfg.source == "tiny_feedback":
+        def made(split: str, count: int) -> Iterator[RawRow]:
+            rows = tiny_feedback.rows(split, count, 0, cfg.label_noise if split == "train" else 0.0,
+                                      cfg.length_bias if split == "train" else 0.0)
+            return ((f"tiny-feedback {split} row {i + 1}", row) for i, row in enumerate(rows))
+        return made("train", cfg.limit or 2000), made("eval", cfg.eval_limit or 256), None
+    if cfg.source == "bandit":
+        return _numbered("bandit", bandit.pair_rows(cfg.label_noise)), _numbered("bandit", bandit.pair_rows(0.0)), None
+    if cfg.source == "hub":
+        return _hub(cfg)
+    return _files(cfg)
+
+
+def _numbered(name: str, rows: Iterable[dict]) -> Iterator[RawRow]:
+    return ((f"{name} row {i + 1}", row) for i, row in enumerate(rows))
+
+
+def _hub(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+    """Rows of a hub dataset (or of a local folder with the same layout) and the commit they come from."""
+    import datasets
+
+    if not (cfg.path and cfg.train):
+        raise UserError(f"data={cfg.name}: data.path (a hub id or folder) and data.train (a split) must be set for data.source=hub")
+    datasets.disable_progress_bars()
+    where = {"data_dir": cfg.subset} if cfg.subset and cfg.path == "Anthropic/hh-rlhf" else {"name": cfg.subset}
+    try:
+        loaded = datasets.load_dataset(cfg.path, revision=cfg.revision, **where)
+    except Exception as error:  # the library raises a dozen unrelated types for "not there" and "not reachable"
+        raise UserError(
+            f"data.path={cfg.path} could not be loaded ({type(error).__name__}: {_line(error)}). "
+            "Check the name and the network, or download it and use data=jsonl data.path=FILE with the same columns."
+        ) from error
+    for split in filter(None, (cfg.train, cfg.eval)):
+        if split not in loaded:
+            raise UserError(f"data.path={cfg.path} has no split '{split}'; it has {', '.join(loaded)}. Set data.train or data.eval.")
+
+    def rows(split: str) -> Iterator[RawRow]:
+        return ((f"{cfg.path} {split} row {i + 1}", row) for i, row in enumerate(loaded[split]))
+
+    checksums = loaded[cfg.train].info.download_checksums or {}
+    commit = next((url.split("@")[1].split("/")[0] for url in checksums if url.startswith("hf://") and "@" in url), cfg.revision)
+    return rows(cfg.train), rows(cfg.eval) if cfg.eval else None, commit
+
+
+def _files(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+    if not cfg.path:
+        raise UserError(f"data={cfg.name}: data.path is not set; give a file, a folder or a glob")
+    root = Path(cfg.path).expanduser()
+    train = _expand(root / cfg.train if cfg.train else root, "data.train" if cfg.train else "data.path")
+    held_out = None
+    if cfg.eval:
+        held_out = _expand(root / cfg.eval if root.is_dir() else Path(cfg.eval).expanduser(), "data.eval")
+        apart = {f.resolve() for f in held_out}
+        train = [f for f in train if f.resolve() not in apart]
+    chain = lambda files: (pair for file in files for pair in read_file(file))  # noqa: E731
+    return chain(train), chain(held_out) if held_out else None, None
+
+
+READERS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def _expand(path: Path, key: str) -> list[Path]:
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.name.endswith(READERS))
+        if not files:
+            raise UserError(f"{key}={path}: the folder holds no {', '.join(READERS)} file")
+        return files
+    if not path.exists() and any(c in str(path) for c in "*?["):
+        found = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if f.endswith(READERS)]
+        if not found:
+            raise UserError(f"{key}={path}: no {', '.join(READERS)} file matches (looked from {Path.cwd()})")
+        return found
+    if not path.is_file():
+        raise UserError(f"{key}={path}: there is no such file (looked from {Path.cwd()})")
+    if not path.name.endswith(READERS):
+        raise UserError(f"{key}={path}: cannot read this kind of file; use {', '.join(READERS)}")
+    return [path]
+
+
+def read_file(path: Path) -> Iterator[RawRow]:
+    """Rows of a jsonl(.gz), json or parquet file. A malformed line is yielded as a `BadRow` in its place."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            number = 0
+            for batch in pq.ParquetFile(path).iter_batches(256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(rows, list):
+                raise UserError(f"{path}: a .json file must hold a list of rows; use .jsonl for one row per line")
+            yield from ((f"{path} row {i + 1}", _row(r)) for i, r in enumerate(rows))
+        else:
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield f"{path} row {number}", _json(line)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {_line(error)})") from error
+    except Exception as error:
+        if type(error).__module__.startswith("pyarrow"):
+            raise UserError(f"{path}: is not a readable parquet file ({_line(error)})") from error
+        raise
+
+
+def _json(line: bytes) -> dict | BadRow:
+    try:
+        return _row(json.loads(line.decode("utf-8-sig")))
+    except json.JSONDecodeError as error:
+        return BadRow(f"malformed JSON ({error.msg} at column {error.colno})")
+    except ValueError as error:  # bytes that are no UTF-8, a number of thousands of digits
+        return BadRow(f"malformed JSON ({_line(error)})")
+
+
+def _row(value: object) -> dict | BadRow:
+    return value if isinstance(value, dict) else BadRow("not a JSON object")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,0 +1,250 @@
+"""From an example to token ids: one rendering per completion, spans found by character offsets, one shared prompt.
+
+Rules: exactly one BOS where the tokenizer uses one and none otherwise; an end-of-sequence token, trained on, if and only if the
+reply is complete; a token belongs to the reply if it holds at least one of its bytes; nothing is cut without being counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.schema import DataConfig
+from prefopt.data.records import BadRow, Completion, Example, Message
+from prefopt.errors import UserError
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + m['content'] + eos_token }}"
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}{% else %}{{ '\\n\\nHuman: ' + m['content'] }}{% endif %}{% endfor %}"
+    # No space here: it belongs to the reply, because tokenizers join it to the word that follows.
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+PROBE = "prefopt probe"  # a reply that no template has in itself
+
+
+@dataclass
+class Branch:
+    """One completion: its tokens after the shared prompt, and which of them are trained."""
+
+    ids: list[int]
+    mask: list[bool]
+    complete: bool  # ends with a trained end-of-sequence token
+
+    @property
+    def trained(self) -> int:
+        return sum(self.mask)
+
+
+@dataclass
+class Tokens:
+    """A tokenised example: `prompt` ids shared by all branches. `cut` counts what truncation took."""
+
+    prompt: list[int]
+    branches: list[Branch]
+    cut_prompt: int = 0
+    cut_completions: list[int] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + max((len(b.ids) for b in self.branches), default=0)
+
+
+class Tokeniser:
+    """A fast tokenizer with a chat template and the length limits of a data config.
+
+    `context` is the model's longest sequence. Raises `UserError` at construction if the tokenizer cannot serve.
+    """
+
+    def __init__(self, tokenizer: Any, cfg: DataConfig, context: int, chat_template: str | None = None):
+        self.tokenizer, self.cfg, self.context = tokenizer, cfg, context
+        if not tokenizer.is_fast:
+            raise UserError("the tokenizer is a slow one without character offsets; use a model with a fast tokenizer (tokenizer.json)")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-sequence token; replies could never be trained to end")
+        self.template = _template(chat_template) or tokenizer.chat_template
+        probe = tokenizer("a")["input_ids"]
+        # Only a tokenizer that adds its BOS by itself uses one: several define a bos_token they never write (Qwen, GPT-2).
+        self.adds_bos = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
+        self.leads = self.adds_bos  # whether BOS opens every text, once; ChatML files name <|im_start|> their bos_token
+        self.ends = {tokenizer.eos_token_id}
+        if self.template is not None:
+            self._learn_template()
+
+    def _learn_template(self) -> None:
+        """Finds the special token with which the template ends an assistant's turn (such as Llama-3's <|eot_id|>)."""
+        try:
+            text = self._apply([Message("user", _text("a")), Message("assistant", _text(PROBE))], False)
+            ids = self._encode(text)[0]
+        except BadRow as error:
+            raise UserError(f"{error}; set model.chat_template to one that takes a user's and an assistant's turn") from error
+        bos = self.tokenizer.bos_token_id
+        self.leads = bos is not None and ids[0] == bos and ids.count(bos) == 1
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        after = self.tokenizer(text.rpartition(PROBE)[2], add_special_tokens=False)["input_ids"]
+        self.ends |= set([i for i in after if i in special][:1])
+
+    def digest(self) -> str:
+        """sha256 of everything that decides which ids a text gets: vocabulary, template, limits."""
+        h = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        h.update(repr((self.template, self.adds_bos, sorted(self.ends), self.context, self.cfg.render, self.cfg.max_prompt_tokens,
+                       self.cfg.max_completion_tokens, self.cfg.on_long_prompt)).encode())
+        return h.hexdigest()
+
+    def templated(self, chat: bool) -> bool:
+        """Whether a row goes through the chat template; `chat` says that it holds messages."""
+        if self.cfg.render == "text":
+            if chat:
+                raise BadRow("data.render=text, but the row holds chat messages; use data.render=chat")
+            return False
+        if self.template is None and (self.cfg.render == "chat" or chat):
+            raise UserError("the tokenizer has no chat template and the data is chat; set model.chat_template=plain or a Jinja file")
+        return self.template is not None
+
+    def __call__(self, example: Example) -> Tokens:
+        """Tokenises an example. Raises `BadRow` where no faithful tokenisation exists."""
+        chat = self.templated(example.chat)
+        head = self._head(example.prompt, chat)
+        if not example.completions:
+            return self._fit([], self._encode(head)[0])
+        rendered = [self._render(example.prompt, head, c, chat) for c in example.completions]
+        prompts = [ids[:split] for ids, _, split in rendered]
+        shared = min(len(p) for p in prompts)
+        while any(p[:shared] != prompts[0][:shared] for p in prompts):
+            shared -= 1  # a token that straddles prompt and reply in one rendering only
+        return self._fit([Branch(ids[shared:], mask[shared:], True) for ids, mask, _ in rendered], prompts[0][:shared])
+
+    def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
+        """Ids to sample a reply from, rendered and limited as in training; `chat` says that the row holds messages."""
+        return self._fit([], self._encode(self._head(prompt, self.templated(chat)))[0]).prompt
+
+    def _head(self, prompt: list[Message], chat: bool) -> str:
+        return self._apply(prompt, True) if chat else "\n".join(m.text for m in prompt)
+
+    def _render(self, prompt: list[Message], head: str, completion: Completion, chat: bool) -> tuple[list[int], list[bool], int]:
+        """(ids, trained mask, number of whole prompt tokens) of prompt + completion; `head` is the prompt's text."""
+        if not chat:
+            full, spans = head + completion.text, [(len(head), len(head) + len(completion.text))]
+        else:
+            before, full, spans = list(prompt), "", []
+            for message in completion.messages:
+                if message.role == "assistant":
+                    previous = self._apply(before, True) if full else head
+                    if not previous.startswith(full):
+                        raise BadRow(_no_prefix(full, previous))
+                else:
+                    previous = full
+                before.append(message)
+                full = self._apply(before, False)
+                # Templates may rewrite earlier turns (dropping old reasoning); then the spans found so far would be wrong.
+                if not full.startswith(previous):
+                    raise BadRow(_no_prefix(previous, full))
+                if message.train:
+                    spans.append((len(previous), len(full)))
+        ids, offsets = self._encode(full)
+        start = len(head)
+        # An empty token (s == e) was put in by the tokenizer before what follows, as sentencepiece's space after a special token.
+        mask = [any(s < hi and (e > lo or s == e >= lo) for lo, hi in spans) for s, e in offsets]
+        split = next((i for i, (s, e) in enumerate(offsets) if e > start or s == e == start), len(ids))
+        if split == len(ids) or not any(mask):
+            raise BadRow("the completion has no tokens")
+        return self._finish(ids, mask, split)
+
+    def _finish(self, ids: list[int], mask: list[bool], split: int) -> tuple[list[int], list[bool], int]:
+        """Ends each trained span at its end-of-turn token; template text after it (a newline) is context, not a target."""
+        end = len(ids)
+        i = end - 1
+        while i >= split:
+            if mask[i]:
+                stop = i
+                first = stop
+                while first > split and mask[first - 1]:
+                    first -= 1
+                turn_end = next((j for j in range(stop, first - 1, -1) if ids[j] in self.ends), None)
+                if turn_end is not None:
+                    for j in range(turn_end + 1, stop + 1):
+                        mask[j] = False
+                i = first
+            i -= 1
+        last = max(j for j in range(len(ids)) if mask[j])
+        ids, mask = ids[: last + 1], mask[: last + 1]
+        if ids[-1] not in self.ends:
+            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, True]
+        return ids, mask, split
+
+    def _fit(self, branches: list[Branch], prompt: list[int]) -> Tokens:
+        """Applies the length limits, counting what they take."""
+        cfg, out = self.cfg, Tokens(prompt, branches)
+        limit = min(cfg.max_prompt_tokens or self.context - 1, self.context - 1)
+        if len(prompt) > limit:
+            if cfg.on_long_prompt == "stop":
+                raise BadRow(f"the prompt has {len(prompt)} tokens, the limit is {limit}; set data.on_long_prompt=keep_end to drop its start")
+            keep_bos = int(self.leads)
+            out.prompt = prompt[:keep_bos] + prompt[len(prompt) - (limit - keep_bos):]
+            out.cut_prompt = len(prompt) - limit
+        if not out.prompt:  # nothing precedes a reply's first token, so nothing predicts it
+            for branch in branches:
+                branch.mask[0] = False
+                if not any(branch.mask):
+                    raise BadRow("the prompt is empty and the completion has one token, which nothing predicts")
+        room = min(cfg.max_completion_tokens or self.context, self.context - len(out.prompt))
+        for number, branch in enumerate(branches):
+            lost = len(branch.ids) - room
+            out.cut_completions.append(max(lost, 0))
+            if lost > 0:
+                if not any(branch.mask[:room]):
+                    raise BadRow(f"nothing of completion {number + 1} would be left within {room} tokens; raise data.max_completion_tokens")
+                branch.ids, branch.mask, branch.complete = branch.ids[:room], branch.mask[:room], False
+        if len({tuple(b.ids) for b in branches}) < len(branches):
+            what = "chosen and rejected are" if len(branches) == 2 else "two of the completions are"
+            raise BadRow(f"{what} the same tokens" + (" after truncation" if any(out.cut_completions) else ""))
+        return out
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        # Some byte-level tokenizers leave white space out of their offsets; each token here starts where the one before it ended.
+        place, joined = 0, []
+        for s, e in offsets:
+            joined.append((min(s, place), e))
+            place = max(place, e)
+        offsets = joined
+        bos = self.tokenizer.bos_token_id
+        if self.adds_bos and ids[:1] != [bos]:
+            ids, offsets = [bos, *ids], [(-1, -1), *offsets]
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise BadRow("the rendered text begins with two BOS tokens; the chat template writes one too many")
+        return ids, offsets
+
+    def _apply(self, messages: list[Message], generate: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [m.plain() for m in messages], chat_template=self.template, tokenize=False, add_generation_prompt=generate
+            )
+        except Exception as error:  # templates raise their own errors on roles or orders they do not know
+            raise BadRow(f"the chat template refuses this conversation ({error})") from error
+
+
+def _text(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _template(setting: str | None) -> str | None:
+    if setting is None:
+        return None
+    if setting == "plain":
+        return PLAIN_TEMPLATE
+    path = Path(setting).expanduser()
+    if not path.is_file():
+        raise UserError(f"model.chat_template={setting}: there is no such file; use a path to a Jinja file, 'plain', or null")
+    return path.read_text(encoding="utf-8")
+
+
+def _no_prefix(prompt: str, full: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    return (
+        "the chat template renders the prompt differently once a reply follows, so the model would be trained on a prompt it never sees: "
+        f"alone ...{prompt[max(at - 20, 0):at + 30]!r}, with reply ...{full[max(at - 20, 0):at + 30]!r}; set model.chat_template"
+    )

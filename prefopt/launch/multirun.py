@@ -1,0 +1,125 @@
+"""Hydra multirun: every job is a process group of its own with its own folder and log. A failing job never stops the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from prefopt.config.compose import typed
+from prefopt.config.schema import TrainConfig
+from prefopt.errors import RunFailed, UserError
+from prefopt.launch.local import worker_command, worker_environment
+from prefopt.training.rundir import claim, read_status, write_atomic
+
+
+class JobLauncher(Launcher):
+    """Checks every job's config before the first one starts, then runs them one after the other."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.context = config, hydra_context
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        sweep = Path(self.config.hydra.sweep.dir)
+        jobs = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        board = Board(sweep, [(overrides, cfg.run_dir) for overrides, cfg in jobs])
+        for number, (overrides, cfg) in enumerate(jobs):
+            board.set(number, "running")
+            print(f"job {number + 1}/{len(jobs)}: {' '.join(overrides)}", file=sys.stderr)
+            state, message = run_job(cfg, overrides)
+            board.set(number, state, message)
+            if state == "stopped":
+                break
+        print(board.table(), file=sys.stderr)
+        states = [job["state"] for job in board.jobs]
+        if "stopped" in states:
+            raise RunFailed(f"the sweep was stopped; the same command with hydra.sweep.dir={sweep} goes on with it")
+        if bad := [j for j in board.jobs if j["state"] == "failed"]:
+            raise RunFailed(f"{len(bad)} of {len(jobs)} jobs failed; their messages are above and in {sweep / 'sweep.json'}")
+        return [self._returned(overrides) for overrides, _ in jobs]
+
+    def _compose(self, overrides: list[str], number: int) -> tuple[list[str], TrainConfig]:
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+            HydraConfig.instance().set_config(config)
+            config.hydra.runtime.output_dir = str(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+        HydraConfig.instance().set_config(config)
+        try:
+            return overrides, typed(config, "train", config.hydra.runtime.choices.algo)
+        except UserError as error:
+            raise UserError(f"job {number} ({' '.join(overrides)}): {error}") from error
+
+    def _returned(self, overrides: list[str]) -> JobReturn:
+        done = JobReturn(overrides=overrides, cfg=OmegaConf.create(), hydra_cfg=OmegaConf.create(), status=JobStatus.COMPLETED)
+        done.return_value = None
+        return done
+
+
+class Board:
+    """sweep.json: what each job is and how it stands."""
+
+    def __init__(self, sweep: Path, jobs: list[tuple[list[str], str]]):
+        self.path = sweep / "sweep.json"
+        self.jobs: list[dict[str, Any]] = [{"overrides": o, "run_dir": d, "state": "waiting", "message": "", "seconds": 0.0} for o, d in jobs]
+        self.since = time.monotonic()
+
+    def set(self, number: int, state: str, message: str = "") -> None:
+        if state == "running":
+            self.since = time.monotonic()
+        self.jobs[number] |= {"state": state, "message": message, "seconds": round(time.monotonic() - self.since, 1)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, json.dumps(self.jobs, indent=2))
+
+    def table(self) -> str:
+        lines = [f"{'state':<9} {'seconds':>8}  job"]
+        for job in self.jobs:
+            note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] == "failed" and job["message"] else ""
+            lines.append(f"{job['state']:<9} {job['seconds']:>8.1f}  {' '.join(job['overrides'])}{note}")
+        return "\n".join(lines)
+
+
+def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
+    """(state, message) of one job: finished, failed or stopped. Its output goes to log.txt in its folder."""
+    try:
+        if claim(cfg, cfg.algo["name"]) == "finished":
+            return "finished", "had finished before"
+    except UserError as error:
+        return "failed", str(error)
+    folder = Path(cfg.run_dir)
+    with open(folder / "log.txt", "ab") as log:
+        process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, ["train", *overrides]), stdout=log, stderr=log,
+                                   stdin=subprocess.DEVNULL, start_new_session=True)
+        stop: list[int] = []
+
+        def forward(number: int, frame: object) -> None:
+            stop.append(number)
+            os.killpg(process.pid, number)
+
+        old = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if stop:
+        return "stopped", "stopped by a signal; the same command continues it"
+    if code == 0:
+        return "finished", ""
+    said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    reason = read_status(folder).get("message") or (said[-1] if said else "")
+    return "failed", f"exit code {code}: {reason}"

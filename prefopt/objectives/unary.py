@@ -1,0 +1,74 @@
+"""Objectives on single completions: KTO on thumbs-up and thumbs-down, and plain supervised fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prefopt.objectives.base import Batch, Objective, Term, Terms
+
+
+@dataclass
+class KTO(Objective):
+    """Kahneman-Tversky Optimization: learns from desirable and undesirable replies, no pairs (arXiv 2402.01306).
+
+    r(y) = log pi(y) - log ref(y), sums, nats; z = max(0, mean of r over mismatched prompt-reply edges), no gradient
+    L = lambda_D (1 - sigmoid(beta (r - z))) if desirable, else lambda_U (1 - sigmoid(beta (z - r))), mean over completions
+    z estimates KL(pi || ref) over the global batch; each row's mismatched reply is fixed by a seeded derangement of the data.
+    From pairs, the chosen reply is desirable and the rejected one undesirable. Set the lambdas so that
+    lambda_D n_D / (lambda_U n_U) lies between 1 and 4/3 when the classes are unbalanced. Rewards: beta r. Needs a batch of two rows.
+    """
+
+    beta: float = 0.1
+    lambda_D: float = 1.0
+    lambda_U: float = 1.0
+
+    view: ClassVar = "unary"
+    coupling: ClassVar = "global"
+    mismatched: ClassVar = True
+    min_batch: ClassVar = 2
+    paper: ClassVar = "2402.01306"
+    require: ClassVar = ("beta > 0", "lambda_D >= 0", "lambda_U >= 0")
+    formula: ClassVar = {
+        "preference": "lambda_D*(1 - sigmoid(beta*(y - r - z))) if d else lambda_U*(1 - sigmoid(beta*(z - y + r)))"
+    }
+    golden: ClassVar = (
+        ({"y": -10, "r": -11, "z": 0.5, "d": 1, "beta": 0.1}, 0.487503),
+        ({"y": -10, "r": -11, "z": 0.5, "d": 0, "beta": 0.1}, 0.512497),
+    )
+    limits: ClassVar = (({"y": -3, "r": -3, "z": 0, "d": 1}, "lambda_D/2"), ({"y": -3, "r": -3, "z": 0, "d": 0}, "lambda_U/2"))
+
+    def __call__(self, batch: Batch) -> Terms:
+        unary, ratio = batch.unary, batch.log_ratio()
+        z = ratio[unary.mismatched].detach().sum().div(max(unary.mismatched.numel(), 1)).clamp(min=0)
+        gain = self.beta * (ratio[unary.edge] - z)
+        values = torch.where(
+            unary.desirable, self.lambda_D * (1 - torch.sigmoid(gain)), self.lambda_U * (1 - torch.sigmoid(-gain))
+        )
+        return Terms([Term("preference", values, "completion")], {"kl_estimate": z})
+
+    def rewards(self, batch: Batch) -> Tensor:
+        return self.beta * batch.log_ratio().detach()
+
+
+@dataclass
+class SFT(Objective):
+    """Supervised fine-tuning on demonstrations, or on the chosen side of pairs.
+
+    L = -log pi(y_t | x, y_<t), mean over all trained tokens of the global batch, nats per token. Rewards: log pi(y).
+    """
+
+    view: ClassVar = "demonstrations"
+    quantities: ClassVar = {"policy": ("logp", "token_logp")}
+    formula: ClassVar = {"nll": "-t"}
+    golden: ClassVar = (({"t": -1.25}, 1.25),)
+
+    def __call__(self, batch: Batch) -> Terms:
+        trained = batch.tokens_of(batch.demonstrations.edge)
+        return Terms([Term("nll", -batch.scores["policy"]["token_logp"][trained], "token")])
+
+    def rewards(self, batch: Batch) -> Tensor:
+        return batch.logp().detach()

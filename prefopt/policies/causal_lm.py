@@ -1,0 +1,184 @@
+"""A causal language model as a policy: log-probs of completion tokens, sampling, LoRA, saving."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.config.schema import DataConfig, ModelConfig, SamplerConfig, TrustConfig
+from prefopt.data.batch import MicroBatch
+from prefopt.data.records import Example, Message
+from prefopt.data.tokenise import Tokeniser, Tokens
+from prefopt.errors import UserError
+from prefopt.policies.locate import locate
+
+
+@dataclass
+class Reply:
+    """A sampled completion: its token ids (end token included) and whether it ended by itself."""
+
+    ids: list[int]
+    finished: bool
+    text: str
+
+
+class CausalLM(nn.Module):
+    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order."""
+
+    def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
+        super().__init__()
+        self.cfg = cfg
+        located = locate(cfg)
+        self.source = {"path": cfg.path, "where": located.where, "revision": located.revision, "fingerprint": located.fingerprint()}
+        print(f"model: {located.where}", file=sys.stderr)
+        self.tokenizer = _load_tokenizer(located, trust)
+        frozen = torch.bfloat16 if precision == "bf16" and cfg.lora.enabled else torch.float32
+        self.model = _load_model(located, cfg, trust, frozen).to(device)
+        context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
+        self.tokeniser = Tokeniser(self.tokenizer, data, context, cfg.chat_template)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        if cfg.gradient_checkpointing:
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if cfg.lora.enabled:
+            self.model = _add_lora(self.model, cfg, seed)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        predict = micro.trained[:, 1:]  # the logits at t-1 score the token at t
+        start = int(predict.any(0).float().argmax())  # earlier positions need no logits
+        keep = micro.input_ids.shape[1] - start
+        logits = self.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False, logits_to_keep=keep).logits
+        logits = logits[:, :-1][predict[:, start:]]  # [N, V]
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        targets = micro.input_ids[:, 1:][predict]
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    def tokenise(self, example: Example) -> Tokens:
+        return self.tokeniser(example)
+
+    def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
+        """Ids of a prompt to sample from."""
+        return self.tokeniser.prompt_ids(prompt, chat or self.tokeniser.template is not None)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
+        """One reply per prompt. The samples depend on `seed` and the order of the prompts only; global RNG state is left alone."""
+        from transformers import GenerationConfig
+
+        greedy = sampler.temperature == 0
+        settings = GenerationConfig(
+            max_new_tokens=sampler.max_new_tokens, do_sample=not greedy, temperature=None if greedy else sampler.temperature,
+            top_p=None if greedy else sampler.top_p, top_k=None if greedy else 0, pad_token_id=self.pad,
+            eos_token_id=sorted(self.tokeniser.ends), use_cache=True,
+        )
+        replies: list[Reply] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                for i in range(0, len(prompts), sampler.batch_size):
+                    replies += self._generate(prompts[i : i + sampler.batch_size], settings)
+        finally:
+            self.model.train(was_training)
+        return replies
+
+    def _generate(self, prompts: list[list[int]], settings: Any) -> list[Reply]:
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt):], mask[row, width - len(prompt):] = torch.tensor(prompt), 1
+        made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
+        replies = []
+        for new in made[:, width:].tolist():
+            end = next((i for i, t in enumerate(new) if t in self.tokeniser.ends), None)
+            kept = new if end is None else new[: end + 1]
+            replies.append(Reply(kept, end is not None, self.decode(kept)))
+        return replies
+
+    @contextmanager
+    def without_adapter(self):
+        """The base model, for a reference that costs nothing."""
+        with self.model.disable_adapter():
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """A plain transformers folder, or a PEFT adapter folder, with the tokenizer."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(located, trust: TrustConfig):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})") from error
+
+
+def _load_model(located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
+        for name, value in vars(config).items():
+            # Published checkpoints name it differently: attention_dropout, resid_pdrop, hidden_dropout, ...
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(config, name, cfg.dropout)
+        return AutoModelForCausalLM.from_pretrained(
+            located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=cfg.attention,
+            trust_remote_code=trust.remote_code,
+        )
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{located.where} wants to run its own Python code; allow it with trust.remote_code=true") from error
+        raise UserError(f"the model of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})") from error
+
+
+def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int) -> nn.Module:
+    """Adapters in fp32 on a frozen model; a fresh one starts as the identity."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = cfg.lora
+    if lora.adapter:
+        if not (Path(lora.adapter).expanduser() / "adapter_config.json").is_file():
+            raise UserError(f"model.lora.adapter={lora.adapter}: no adapter_config.json there")
+        model = PeftModel.from_pretrained(model, str(Path(lora.adapter).expanduser()), is_trainable=True)
+    else:
+        targets = lora.targets if lora.targets == "all-linear" else [t.strip() for t in lora.targets.split(",")]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model = get_peft_model(
+                    model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+                                      task_type="CAUSAL_LM")
+                )
+            except ValueError as error:
+                raise UserError(f"model.lora.targets={lora.targets}: {_line(error)}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

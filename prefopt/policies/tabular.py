@@ -1,0 +1,69 @@
+"""The bandit world's policy: a table of logits. Exact, so optima can be compared with closed forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.config.schema import SamplerConfig
+from prefopt.data import bandit
+from prefopt.data.batch import MicroBatch
+from prefopt.data.records import BadRow, Example, Message
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.policies.causal_lm import Reply
+
+
+class Tabular(nn.Module):
+    """log pi(y | x) = log_softmax(logits[x])[y]; prompt token x, reply token y. Starts at the world's reference policy."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(bandit.reference_table(), device=device))
+        self.pad = 0
+        self.source = {"path": None, "where": "exact table", "revision": None, "fingerprint": None}
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        return self.logits.log_softmax(-1)[micro.input_ids[:, 0], micro.input_ids[:, 1]]
+
+    def tokenise(self, example: Example) -> Tokens:
+        branches = []
+        for completion in example.completions:
+            place = bandit.parse(completion.text)
+            if place is None:
+                raise BadRow(f"'{completion.text}' is no reply of the bandit world; model=bandit needs data=bandit")
+            branches.append(Branch([place[1]], [True], True))
+        return Tokens(self.prompt_ids(example.prompt, False), branches, 0, [0] * len(branches))
+
+    def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
+        text = prompt[-1].text
+        if not text.isdigit() or int(text) >= bandit.PROMPTS:
+            raise BadRow(f"'{text}' is no prompt of the bandit world; its prompts are 0 to {bandit.PROMPTS - 1}")
+        return [int(text)]
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
+        table = self.logits.detach().cpu()
+        generator = torch.Generator().manual_seed(seed)
+        replies = []
+        for (x,) in prompts:
+            if sampler.temperature == 0:
+                y = int(table[x].argmax())
+            else:
+                y = int(torch.multinomial((table[x] / sampler.temperature).softmax(-1), 1, generator=generator))
+            replies.append(Reply([y], True, f"{x}:{y}"))
+        return replies
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"logits": self.logits.detach().cpu().contiguous()}, str(folder / "model.safetensors"))

@@ -1,0 +1,498 @@
+"""One self-contained HTML page per run directory.
+
+`write_report(run_dir)` reads config.yaml, manifest.json, status.json, metrics.jsonl and samples.jsonl and
+writes report.html beside them. Whatever is missing or broken costs its own panel, never the page.
+`alarms(rows)` gives the warnings alone, for the training loop. In train rows `tokens` and `skipped_steps` are
+running totals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from operator import itemgetter
+from pathlib import Path
+from statistics import NormalDist, mean, median, stdev
+from typing import Any
+
+import yaml
+
+from prefopt.errors import UserError
+from prefopt.report.plots import Change, Row, change, compact, duration, finite, groups, number, tidy
+from prefopt.tracking.redact import redact
+
+# Held-out pairs are the same at every evaluation, so their log-probability has no sampling noise, and one nat
+# makes a reply e times less likely. On long replies that is little, so 2 % of the start is asked as well.
+DISPLACEMENT_NATS = 1.0
+DISPLACEMENT_SHARE = 0.02
+# Seeds and temperature move mean lengths by some per cent; 30 % is about where judges are known to be swayed.
+LENGTH_GROWTH = 0.30
+# A fall below the best reward must exceed both intervals; where there are none, a tenth of its size.
+OVEROPTIMISATION_DROP = 0.10
+# The standard error of a share near one half is 6 points with 64 samples: ten points are rarely chance.
+UNFINISHED_DROP = 0.10
+
+FIRST_SAMPLES = 12
+PARTS = ("algo", "model", "data")
+LONG_TEXT = 900  # characters of a sample shown before the rest is folded away
+Span = tuple[float, float]
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[dict]:
+    """The rows that can be read: a kill in mid-write leaves half a line."""
+    if not path.is_file():
+        problems.append(f"{path.name} is missing.")
+        return []
+    rows, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = broken = broken + 1
+        if isinstance(row, dict):
+            rows.append(row)
+    if broken:
+        problems.append(f"{path.name}: {_count(broken, 'line')} could not be read (killed while writing?).")
+    return rows
+
+
+def _read_mapping(path: Path, problems: list[str]) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing.")
+        return {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        problems.append(f"{path.name} could not be read.")
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _dig(data: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+# ---- before and after ----------------------------------------------------------------------------
+
+
+def difference_interval(evals: list[Row], key: str, samples: list | None = None) -> Span | None:
+    """95 % interval of after - before.
+
+    Paired by prompt where the samples are those the metrics were made from (their means agree); else from the
+    two intervals as if independent, which is wider because the prompts are the same.
+    """
+    c = change(evals, key)
+    if c is None or not c.moved:
+        return None
+    delta = c.after - c.before
+    if samples and key == "true_reward":
+        replies = _by_step(samples)
+        old, new = (replies.get(row["step"], {}) for row in (c.first, c.last))
+        pairs = [[finite(r[i].get("reward")) for r in (old, new)] for i in old.keys() & new.keys()]
+        gains = [b - a for a, b in pairs if a is not None and b is not None]
+        if len(gains) >= 5 and abs(mean(gains) - delta) <= 1e-3 * max(1.0, abs(delta)):
+            half = _student(len(gains) - 1) * stdev(gains) / math.sqrt(len(gains))
+            return delta - half, delta + half
+    widths = [row[f"{key}_high"] - row[f"{key}_low"] for row in (c.first, c.last) if f"{key}_high" in row]
+    if len(widths) < 2 or not all(f"{key}_low" in row for row in (c.first, c.last)):
+        return None
+    half = math.hypot(*widths) / 2
+    return delta - half, delta + half
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t (Cornish-Fisher; within 2 % from four degrees of freedom on)."""
+    z = Z95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+# ---- alarms --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A warning; the explanation's second line says what to do."""
+
+    name: str
+    title: str
+    explanation: str
+
+
+class _Unchecked(Exception):
+    """The rows lack what a check needs; the message names it."""
+
+
+def alarms(rows: list[dict]) -> list[Alarm]:
+    """The alarms of a run, from the rows of metrics.jsonl as they are. A pure function."""
+    return [found for _, found in _checks(rows) if isinstance(found, Alarm)]
+
+
+def _checks(rows: list[dict]) -> list[tuple[str, Alarm | str | None]]:
+    """(what was checked, an Alarm | None for all clear | why it could not be checked)."""
+    train, evals = tidy(rows, "train"), tidy(rows, "eval")
+    checks: list[tuple[str, Callable[[], Alarm | None]]] = [
+        ("likelihood displacement", lambda: _displacement(evals)),
+        ("over-optimisation", lambda: _overoptimisation(evals)),
+        ("length growth", lambda: _length_growth(evals)),
+        ("unfinished replies", lambda: _unfinished(evals)),
+        ("skipped steps", lambda: _skipped(train)),
+        ("non-finite loss", lambda: _non_finite(rows)),
+    ]
+    results: list[tuple[str, Alarm | str | None]] = []
+    for name, check in checks:
+        try:
+            results.append((name, check()))
+        except _Unchecked as why:
+            results.append((name, str(why)))
+    return results
+
+
+def _moved(evals: list[Row], key: str, what: str) -> Change:
+    c = change(evals, key)
+    if c is None or not c.moved:
+        raise _Unchecked(f"needs {what} at two evaluations")
+    return c
+
+
+def _displacement(evals: list[Row]) -> Alarm | None:
+    chosen = _moved(evals, "logp/chosen", "held-out log-probabilities")
+    rejected = _moved(evals, "logp/rejected", "held-out log-probabilities")
+    for c in (chosen, rejected):
+        if c.before - c.after <= max(DISPLACEMENT_NATS, DISPLACEMENT_SHARE * abs(c.before)):
+            return None
+    down, down_rejected = chosen.before - chosen.after, rejected.before - rejected.after
+    faster = "Any margin grew only because rejected fell faster. " if down_rejected > down else ""
+    return Alarm(
+        "likelihood_displacement",
+        "Chosen replies became less likely",
+        f"On held-out pairs the log-probability of chosen replies fell by {number(down)} nats, that of "
+        f"rejected ones by {number(down_rejected)}. {faster}The probability moved to replies that are in "
+        "neither and that nobody has judged (likelihood displacement).\n"
+        "Read the samples. If they got worse: lower the learning rate, raise beta, train fewer steps, or add "
+        "a log-likelihood term on chosen replies (the objectives cpo and orpo have one).",
+    )
+
+
+def _overoptimisation(evals: list[Row]) -> Alarm | None:
+    last = _moved(evals, "true_reward", "a true reward").last
+    rows = [row for row in evals if "true_reward" in row]
+    best = max(rows, key=lambda row: row["true_reward"])
+    drop = best["true_reward"] - last["true_reward"]
+    low, high = best.get("true_reward_low"), last.get("true_reward_high")
+    if low is not None and high is not None:
+        noise = math.hypot(best["true_reward"] - low, high - last["true_reward"])
+    else:
+        span = best["true_reward"] - min(row["true_reward"] for row in rows)
+        noise = OVEROPTIMISATION_DROP * max(abs(best["true_reward"]), span)
+    if drop <= noise:
+        return None
+    if "reward/margin" in best and "reward/margin" in last:
+        name, improved = "the held-out margin kept rising", last["reward/margin"] > best["reward/margin"]
+    elif "loss" in best and "loss" in last:
+        name, improved = "the held-out loss kept falling", last["loss"] < best["loss"]
+    else:
+        raise _Unchecked("needs a held-out margin or loss beside the true reward")
+    return None if not improved else Alarm(
+        "over_optimisation",
+        "True reward fell while the objective improved",
+        f"True reward was {number(best['true_reward'])} at step {best['step']:.0f} and is "
+        f"{number(last['true_reward'])} at step {last['step']:.0f}, while {name}: the policy now fits the "
+        "pairs at the expense of what they stand for (over-optimisation).\n"
+        f"Use the checkpoint near step {best['step']:.0f}, or train again with fewer steps, a higher beta or "
+        "a lower learning rate; noisy labels make this worse.",
+    )  # fmt: skip
+
+
+def _length_growth(evals: list[Row]) -> Alarm | None:
+    c = _moved(evals, "length", "reply lengths")
+    if c.after <= (1 + LENGTH_GROWTH) * c.before or c.after <= 0:
+        return None
+    growth = f" ({100 * (c.after / c.before - 1):.0f} % longer)" if c.before > 0 else ""
+    return Alarm(
+        "length_growth",
+        "Replies grew much longer",
+        f"Samples went from {c.before:.1f} to {c.after:.1f} tokens on average{growth}. Chosen replies are "
+        "often longer than rejected ones, and length is the easiest thing to learn from them.\n"
+        "Compare rewards and win rates at equal length, look at the lengths in the data, or use a "
+        "length-normalised objective (for example simpo).",
+    )
+
+
+def _unfinished(evals: list[Row]) -> Alarm | None:
+    c = _moved(evals, "finished", "the share of finished samples")
+    if c.before - c.after <= UNFINISHED_DROP:
+        return None
+    return Alarm(
+        "unfinished",
+        "Samples no longer end",
+        f"{100 * c.before:.0f} % of samples ended with the end-of-sequence token at the start, now "
+        f"{100 * c.after:.0f} % do; the others were cut at the length limit, so their rewards mislead.\n"
+        "Check that completions in the data end with that token and are not truncated; then lower the "
+        "learning rate or raise the sampling limit.",
+    )
+
+
+def _skipped(train: list[Row]) -> Alarm | None:
+    counts = [row["skipped_steps"] for row in train if "skipped_steps" in row]
+    if not counts:
+        raise _Unchecked("no train row has skipped_steps")
+    if max(counts) <= 0:
+        return None
+    return Alarm(
+        "skipped_steps",
+        f"{_count(int(max(counts)), 'optimiser step')} skipped",
+        "A step is skipped when its gradient is not finite, so these batches taught nothing.\n"
+        "One or two early on are harmless. If there are more: lower the learning rate, add warm-up, use bf16 "
+        "or fp32 instead of fp16, and look for empty or extreme rows in the data.",
+    )
+
+
+def _non_finite(rows: list[dict]) -> Alarm | None:
+    losses = [row["loss"] for row in rows if "loss" in row and row.get("split") in ("train", "eval")]
+    if not losses:
+        raise _Unchecked("no loss was recorded")
+    bad = sum(finite(loss) is None for loss in losses)
+    return None if not bad else Alarm(
+        "non_finite_loss",
+        "The loss was not a number",
+        f"{bad} of {len(losses)} recorded losses are NaN, infinite or null; the curves leave them out.\n"
+        "Lower the learning rate, use bf16 or fp32 instead of fp16, and look for empty or extreme data rows.",
+    )  # fmt: skip
+
+
+# ---- the words and figures at the top ------------------------------------------------------------
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _cost(train: list[Row], evals: list[Row], status: dict) -> dict[str, float]:
+    """Seconds, tokens and tokens per second, those that are known."""
+    seconds = finite(status.get("seconds"))
+    if seconds is None:  # no status: the last time stamp
+        seconds = max((row["seconds"] for row in train + evals if "seconds" in row), default=None)
+    tokens = max((row["tokens"] for row in train if "tokens" in row), default=None)
+    speeds = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
+    found = {"seconds": seconds, "tokens": tokens, "speed": median(speeds) if speeds else None}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+# What the verdict is about: the first of these that was measured. (key, words, scale, unit, decimals)
+_HEADLINES = (
+    ("true_reward", "True reward", 1, "", 2),
+    ("win_rate", "The win rate against the initial policy", 100, " %", 0),
+    ("accuracy", "Held-out accuracy", 100, " %", 0),
+    ("loss", "Held-out loss", 1, "", 3),
+)
+
+
+def verdict(rows: list[dict], status: dict, samples: list[dict] | None = None) -> str:
+    """What happened, in a sentence or two of plain words and numbers."""
+    train, evals = tidy(rows, "train"), tidy(rows, "eval")
+    parts = []
+    headline = next((h for h in _HEADLINES if any(h[0] in row for row in evals)), None)
+    if headline:
+        parts.append(_movement(evals, samples, *headline))
+    elif losses := [row for row in train if "loss" in row]:
+        start, end = number(losses[0]["loss"], 3), number(losses[-1]["loss"], 3)
+        parts.append(f"Training loss went from {start} to {end}; nothing was evaluated")
+    else:
+        parts.append("No measurements yet")
+    length = change(evals, "length")
+    if length and length.moved:
+        old, new = number(length.before, 1), number(length.after, 1)
+        word = "grew" if length.after > length.before else "shrank"
+        how = f"stayed at {old}" if old == new else f"{word} from {old} to {new}"
+        parts.append(f"replies {how} tokens")
+    cost = _cost(train, evals, status)
+    spent = [duration(cost["seconds"])] if "seconds" in cost else []
+    spent += [f"{compact(cost['tokens'])} tokens"] if "tokens" in cost else []
+    parts += [", ".join(spent)] if spent else []
+    return f"{_ending(status)}{'; '.join(parts)}."
+
+
+def _ending(status: dict) -> str:
+    """A run that is not over, or ended early, says so first."""
+    state, step, total = (status.get(key) for key in ("state", "step", "total_steps"))
+    where = f" at step {step}" + (f" of {total}" if total is not None else "") if step is not None else ""
+    words = {"running": "Still running", "stopped": "Stopped early", "failed": "Failed"}.get(str(state))
+    return f"{words}{where}. " if words else ""
+
+
+def _movement(evals, samples, key: str, words: str, scale: float, unit: str, decimals: int) -> str:
+    c = change(evals, key)
+    old, new = number(c.before * scale, decimals), number(c.after * scale, decimals)
+    if not c.moved:
+        return f"{words} was {new}{unit} at step {c.last['step']:.0f}; there is no evaluation to compare with"
+    interval = difference_interval(evals, key, samples)
+    flat = old == new or interval and interval[0] <= 0 <= interval[1]
+    verb = "stayed level within noise, from" if flat else "rose from" if c.after > c.before else "fell from"
+    text = f"{words} {verb} {old}{unit} to {new}{unit}"
+    if interval:
+        low, high = (number(end * scale, decimals) for end in interval)
+        text += f" (95 % interval of the difference {low} to {high}{unit})"
+    kl = change(evals, "kl")
+    return text + (f" at a KL of {number(kl.after, 1)} nats" if kl and kl.moved else "")
+
+
+# (key, title, scale, unit, decimals)
+_FIGURES = (
+    ("true_reward", "True reward", 1, "", 2),
+    ("win_rate", "Win rate", 100, "%", 0),
+    ("kl", "KL to the start", 1, "nats", 1),
+    ("length", "Reply length", 1, "tokens", 1),
+    ("accuracy", "Held-out accuracy", 100, "%", 0),
+    ("finished", "Finished replies", 100, "%", 0),
+)
+
+
+def figures(rows: list[dict], status: dict) -> list[dict[str, str]]:
+    """The tiles: title, before (may be empty), after, unit, note."""
+    train, evals = tidy(rows, "train"), tidy(rows, "eval")
+    out = []
+    for key, title, scale, unit, decimals in _FIGURES:
+        c = change(evals, key)
+        if c is None:
+            continue
+        note = "" if c.moved else f"step {c.last['step']:.0f} only"
+        if c.moved and (interval := c.interval(scale)):
+            note = "95 %: {} to {}".format(*(number(end, decimals) for end in interval))
+        before = number(c.before * scale, decimals) if c.moved else ""
+        out.append(_figure(title, number(c.after * scale, decimals), note, before, unit))
+    cost = _cost(train, evals, status)
+    if "seconds" in cost:
+        out.append(_figure("Time", duration(cost["seconds"]), "evaluation included"))
+    if "tokens" in cost:
+        note = f"{compact(cost['speed'])} tokens/s while training" if "speed" in cost else ""
+        out.append(_figure("Tokens trained on", compact(cost["tokens"]), note))
+    return out
+
+
+def _figure(title: str, after: str, note: str, before: str = "", unit: str = "") -> dict[str, str]:
+    return {"title": title, "before": before, "after": after, "unit": unit, "note": note}
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+def _by_step(samples: list[dict]) -> dict[float, dict[Any, dict]]:
+    """step -> prompt id -> row; of rows written twice the last wins."""
+    out: dict[float, dict[Any, dict]] = {}
+    for row in samples:
+        step, key = finite(row.get("step")), row.get("id")
+        if step is not None and isinstance(key, (int, str)):
+            out.setdefault(step, {})[key] = row
+    return out
+
+
+def sample_cards(samples: list[dict]) -> dict[str, Any]:
+    """Replies of the first and the last evaluation to the same prompts: the first ids and both extremes."""
+    steps = _by_step(samples)
+    if not steps:
+        return {"cards": [], "extremes": []}
+    first, last = min(steps), max(steps)
+    shared = steps[first].keys() & steps[last].keys()
+    cards = []
+    for key in sorted(shared, key=lambda k: (isinstance(k, str), k)):
+        replies = [_reply(steps[step][key]) for step in dict.fromkeys((first, last))]
+        rewards = [reply["reward"] for reply in replies]
+        gain = rewards[-1] - rewards[0] if len(rewards) == 2 and None not in rewards else None
+        prompt = str(steps[last][key].get("prompt") or "")
+        cards.append({"id": key, "prompt": prompt, "replies": replies, "gain": gain})
+    rated = [card for card in cards if card["gain"] is not None]
+    gain = itemgetter("gain")
+    best, worst = max(rated, key=gain, default=None), min(rated, key=gain, default=None)
+    extremes = [("Largest gain", best)] if best and best["gain"] > 0 else []
+    extremes += [("Largest loss", worst)] if worst and worst["gain"] < 0 else []
+    return {
+        "first": first, "last": last, "cards": cards[:FIRST_SAMPLES], "total": len(cards),
+        "rated": len(rated), "extremes": extremes, "no_loss": bool(rated) and worst["gain"] >= 0,
+    }  # fmt: skip
+
+
+def _reply(row: dict) -> dict[str, Any]:
+    found = {"text": str(row.get("completion") or ""), "cut": row.get("finished") is False}
+    return found | {key: finite(row.get(key)) for key in ("reward", "tokens")}
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run directory; return its path. The same contents give the same bytes."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a run directory; give the folder that `prefopt train` wrote")
+    problems: list[str] = []
+    names = ("config.yaml", "manifest.json", "status.json")
+    config, manifest, status = (redact(_read_mapping(run_dir / name, problems)) for name in names)
+    rows = _read_lines(run_dir / "metrics.jsonl", problems)
+    samples = _read_lines(run_dir / "samples.jsonl", problems)
+    html = _render(config, manifest, status, rows, samples, problems)
+    path = run_dir / "report.html"
+    draft = run_dir / f".report.html.{os.getpid()}"  # same folder, so that the rename is atomic
+    try:
+        draft.write_bytes(html.encode("utf-8", "replace"))  # samples may hold half a surrogate pair
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _render(config: dict, manifest: dict, status: dict, rows: list, samples: list, problems: list) -> str:
+    import jinja2  # here, so that the training loop can ask for alarms without it
+
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
+    environment.filters.update(number=number)
+    page = resources.files("prefopt.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    checks = _checks(rows)
+    return environment.from_string(page).render(
+        names={part: str(_dig(config, f"{part}.name") or f"unknown {part}") for part in PARTS},
+        setup=_setup(config, manifest, status),
+        state=str(status.get("state") or "state unknown"),
+        message=str(status.get("message") or ""),
+        verdict=verdict(rows, status, samples),
+        figures=figures(rows, status),
+        groups=groups(tidy(rows, "train"), tidy(rows, "eval")),
+        alarms=[found for _, found in checks if isinstance(found, Alarm)],
+        clear=[name for name, found in checks if found is None],
+        unchecked=[(name, found) for name, found in checks if isinstance(found, str)],
+        samples=sample_cards(samples),
+        long_text=LONG_TEXT,
+        problems=problems,
+        dumps=[("Resolved config", _dump(config)), ("Manifest", _dump(manifest))],
+        command=_command(manifest.get("command")),
+    )
+
+
+def _setup(config: dict, manifest: dict, status: dict) -> list[tuple[str, str]]:
+    """What a reader wants to know first about how the run was made; only what is known."""
+    algo = config.get("algo") if isinstance(config.get("algo"), dict) else {}
+    found = [("seed", config.get("seed"))]
+    found += [(key, value) for key, value in algo.items() if finite(value) is not None][:6]
+    found += [("learning rate", _dig(config, "optim.lr")), ("batch", _dig(config, "train.batch_size"))]
+    found += [("steps", status.get("total_steps") or _dig(config, "train.steps"))]
+    found += [("started", str(manifest.get("started") or "")[:16].replace("T", " "))]
+    return [(name, str(value)) for name, value in found if value not in (None, "")]
+
+
+def _dump(data: dict) -> str:
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100) if data else ""
+
+
+def _command(command: Any) -> str:
+    return shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")

@@ -1,0 +1,105 @@
+"""Checkpoints: safetensors and JSON, no pickle. Written under a temporary name, checked by sha256, then renamed.
+
+A checkpoint holds the trainable weights, AdamW's moments, the step, totals, and the CPU random state. The data order needs no state:
+it follows from (seed, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefopt.errors import UserError
+from prefopt.training.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+    """Writes `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints."""
+    target = folder / f"step-{state['step']:06d}"
+    part = folder / f".{target.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        weights = {n: p.detach().cpu().contiguous() for n, p in engine.policy.trainable().items()}
+        save_file(weights, part / "weights.safetensors")
+        save_file(_optimizer_tensors(engine), part / "optimizer.safetensors")
+        files = {f.name: _sha256(f) for f in sorted(part.iterdir())}
+        (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def steps(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def load(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Puts the newest checkpoint into the engine and returns its state. Raises `UserError` if it is damaged."""
+    path = steps(folder)[-1]
+    earlier = steps(folder)[:-1]
+    fix = f"remove {path} to go on from {earlier[-1].name}" if earlier else f"remove {folder.parent} to start anew"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        for name, digest in state["files"].items():
+            if _sha256(path / name) != digest:
+                raise ValueError(f"{name} does not have the checksum it was written with")
+        weights, moments = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
+        parameters = engine.policy.trainable()
+        if set(weights) != set(parameters):
+            raise ValueError("it holds other weights than this model trains")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        optimizer = _inner(engine)
+        for name, parameter in parameters.items():
+            if f"{name}.exp_avg" in moments:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state["updates"])),
+                    **{m: moments[f"{name}.{m}"].to(parameter.device).clone() for m in MOMENTS},
+                }
+        torch.set_rng_state(moments["rng"])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
+        raise
+    return state
+
+
+def updates(engine: Engine) -> int:
+    """How many optimiser updates have been made (skipped steps are none)."""
+    state = _inner(engine).state
+    return max((int(s["step"]) for s in state.values() if "step" in s), default=0)
+
+
+def _optimizer_tensors(engine: Engine) -> dict[str, torch.Tensor]:
+    state = _inner(engine).state
+    out = {"rng": torch.get_rng_state()}
+    for name, parameter in engine.policy.trainable().items():
+        for moment in MOMENTS if parameter in state else ():
+            out[f"{name}.{moment}"] = state[parameter][moment].detach().cpu().contiguous()
+    return out
+
+
+def _inner(engine: Engine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

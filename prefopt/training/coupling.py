@@ -1,0 +1,56 @@
+"""Joining scored micro-batches, over ranks too, for objectives that need the whole global batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from prefopt.objectives.base import Batch
+
+EDGE_FIELDS = {"chosen", "rejected", "edge", "mismatched"}  # fields of views that hold edge numbers
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of all edges, in order; edge numbers in the views are shifted."""
+    offsets = [0]
+    for batch in batches:
+        offsets.append(offsets[-1] + len(batch.lengths))
+    first = batches[0]
+
+    def view(name: str):
+        if getattr(first, name) is None:
+            return None
+        parts = [getattr(b, name) for b in batches]
+        joined = {
+            f: torch.cat([getattr(p, f) + o if f in EDGE_FIELDS else getattr(p, f) for p, o in zip(parts, offsets, strict=False)])
+            for f in vars(parts[0])
+        }
+        return type(parts[0])(**joined)
+
+    return Batch(
+        torch.cat([b.lengths for b in batches]),
+        torch.cat([b.token_edge + o for b, o in zip(batches, offsets, strict=False)]),
+        {s: {q: torch.cat([b.scores[s][q] for b in batches]) for q in first.scores[s]} for s in first.scores},
+        view("pairs"), view("unary"), view("demonstrations"),
+    )
+
+
+def gather_batches(batch: Batch, world: int) -> list[Batch]:
+    """Every rank's batch, in rank order. Only scores and index arrays travel: a few bytes per edge and token."""
+    if world == 1:
+        return [batch]
+    device = batch.lengths.device
+    everyone: list[Batch | None] = [None] * world
+    dist.all_gather_object(everyone, _to(batch, "cpu"))
+    return [_to(b, device) for b in everyone]
+
+
+def _to(batch: Batch, device) -> Batch:
+    def move(view):
+        return None if view is None else type(view)(**{k: v.to(device) for k, v in vars(view).items()})
+
+    scores = {s: {q: t.detach().to(device) for q, t in qs.items()} for s, qs in batch.scores.items()}
+    return Batch(batch.lengths.to(device), batch.token_edge.to(device), scores, move(batch.pairs), move(batch.unary),
+                 move(batch.demonstrations))

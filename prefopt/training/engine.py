@@ -1,0 +1,153 @@
+"""One optimiser step: score, objective, backward, clip, update. The same for every objective and modality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from prefopt.config.schema import OptimConfig
+from prefopt.data.batch import MicroBatch
+from prefopt.objectives.base import Batch, Objective, reduce_terms, total_weights
+from prefopt.policies.reference import Provider
+from prefopt.training.coupling import gather_batches, join
+from prefopt.training.metrics import Averages, batch_metrics
+
+
+@dataclass
+class StepResult:
+    """What a step did. `averages` are sums and counts over this rank's units, `loss` shares of the global loss."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
+    """Rate of optimiser step `step` (from 0) of `total`: linear warm-up, then constant, linear or cosine to 0."""
+    warmup = math.ceil(cfg.warmup * total)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.schedule]
+    return cfg.lr * decay
+
+
+class Engine:
+    """Owns the policy, its optimiser and the processes. The gradient it steps along never depends on how a step is split."""
+
+    def __init__(self, policy: nn.Module, objective: Objective, reference: Provider | None, cfg: OptimConfig, accelerator: Accelerator):
+        self.policy, self.objective, self.reference, self.cfg, self.accelerator = policy, objective, reference, cfg, accelerator
+        self.parameters = list(policy.trainable().values())
+        matrices = [p for p in self.parameters if p.dim() >= 2]
+        others = [p for p in self.parameters if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps)
+        self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
+        """The quantities that the objective reads, for the edges of a micro-batch."""
+        token_logp = {"policy": (model or self.model)(micro)}
+        if "reference" in self.objective.quantities:
+            token_logp["reference"] = self.reference(micro)
+        return replace(micro.layout, scores={s: quantities(t, micro.layout) for s, t in token_logp.items()})
+
+    def step(self, micros: Sequence[MicroBatch], lr: float) -> StepResult:
+        """One update on this rank's micro-batches of a global step. All ranks must bring equally many."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        averages = Averages()
+        backward = self._backward_coupled if self.objective.coupling == "global" else self._backward_local
+        loss = backward([m.to(self.accelerator.device) for m in micros], averages)
+        tokens = torch.tensor(float(sum(m.tokens for m in micros if m.rows)))
+        loss, tokens = self.sum_over_ranks(loss), self.sum_over_ranks(tokens)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(float(loss), float(norm), not finite, int(tokens), averages.reduce(self.sum_over_ranks))
+
+    def _backward_local(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
+        """Micro-batches one after the other: an objective that is a sum over units."""
+        totals = self.global_totals(micros)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for i, micro in enumerate(micros):
+            with self._synced(last=i == len(micros) - 1):
+                batch = self.score(micro)
+                terms = self.objective(batch)
+                share, shares = reduce_terms(batch, terms, totals)
+                self.accelerator.backward(share * self.world)  # data parallelism averages gradients over ranks
+            batch_metrics(self.objective, batch, terms, shares, averages)
+            loss += share.detach()
+        return loss
+
+    def _backward_coupled(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
+        """An objective that needs all scores at once: score without gradient, differentiate the loss with respect to the scores,
+        then run each micro-batch again with dL/dscore as the upstream gradient."""
+        with torch.no_grad():
+            scored = [self.score(m) for m in micros]
+        local = join(scored)
+        everyone = gather_batches(local, self.world)
+        whole = join(everyone)
+        leaves = {q: t.detach().requires_grad_() for q, t in whole.scores["policy"].items()}
+        whole.scores["policy"] = leaves
+        terms = self.objective(whole)
+        loss, shares = reduce_terms(whole, terms, total_weights(self.objective, whole))
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        upstream = {q: g for q, g in zip(leaves, grads, strict=True) if g is not None}
+        before = everyone[: self.accelerator.process_index]
+        edge, token = sum(len(b.lengths) for b in before), sum(len(b.token_edge) for b in before)
+        for i, micro in enumerate(micros):
+            keep = micro.only(micro.gradient)
+            kept_tokens = micro.gradient[micro.layout.token_edge]
+            with self._synced(last=i == len(micros) - 1):
+                live = quantities(self.model(keep), keep.layout)
+                replay = torch.zeros((), device=self.accelerator.device)
+                for q, g in upstream.items():
+                    if q == "token_logp":
+                        replay = replay + (live[q] * g[token : token + len(kept_tokens)][kept_tokens]).sum()
+                    else:
+                        replay = replay + (live[q] * g[edge : edge + len(micro.gradient)][micro.gradient]).sum()
+                self.accelerator.backward(replay * self.world)
+            edge, token = edge + len(micro.gradient), token + len(kept_tokens)
+        # Every rank holds the whole loss; its share is what the sum over ranks expects.
+        detached = {name: share.detach() / self.world for name, share in shares.items()}
+        with torch.no_grad():
+            batch_metrics(self.objective, whole, terms, detached, averages)
+        return loss.detach() / self.world
+
+    def global_totals(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
+        """Each term's denominator: its total weight over all micro-batches of all ranks, known before any is scored."""
+        mine = [total_weights(self.objective, m.layout) for m in micros]
+        names = sorted(mine[0])
+        sums = self.sum_over_ranks(torch.tensor([sum(t[n] for t in mine) for n in names], dtype=torch.float64))
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            value = value.to(self.accelerator.device)
+            dist.all_reduce(value)
+        return value
+
+    def _synced(self, last: bool):
+        """Gradients are exchanged with the last micro-batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+
+def quantities(token_logp: Tensor, layout: Batch) -> dict[str, Tensor]:
+    """`token_logp` [N] and its sum per edge `logp` [E]. Sums are fp32 (or float64), whatever the model computes in."""
+    logp = torch.zeros(layout.lengths.shape, dtype=token_logp.dtype, device=token_logp.device)
+    return {"token_logp": token_logp, "logp": logp.index_add(0, layout.token_edge, token_logp)}

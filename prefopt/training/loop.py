@@ -1,0 +1,206 @@
+"""The training loop. For every method the same sentence: score the edges, let the objective turn scores into terms, take a step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.config.schema import TrainConfig
+from prefopt.errors import RunFailed
+from prefopt.report.run_report import alarms, write_report
+from prefopt.tracking.tracker import read_jsonl
+from prefopt.training import checkpoint
+from prefopt.training.engine import learning_rate
+from prefopt.training.progress import Progress
+from prefopt.training.rundir import read_status, write_status
+from prefopt.training.selfcheck import self_check
+from prefopt.training.setup import Run, make_accelerator, make_trackers, set_up
+from prefopt.training.signals import StopSignals
+
+
+def train(cfg: TrainConfig) -> dict[str, Any]:
+    """Runs or continues the run in `cfg.run_dir`; returns its last evaluation. Raises `UserError` and `RunFailed`."""
+    with StopSignals() as stop:
+        run = set_up(cfg, make_accelerator(cfg))
+        log = Log(run)
+        step = log.resume()
+        try:
+            if step and log.evaluation_due(step) and not log.evaluated(step):
+                log.evaluate(step)
+            if step == 0:
+                if cfg.train.self_check:
+                    self_check(run.engine, run.source.step(0), cfg.hardware.precision, run.reference_is_initial)
+                log.evaluate(0)
+            while step < run.total_steps:
+                result = run.engine.step(run.source.step(step), learning_rate(step, run.total_steps, cfg.optim))
+                step += 1
+                log.step(step, result)
+                stopping = any_rank(run, stop.name is not None)
+                if log.evaluation_due(step) and not stopping:
+                    log.evaluate(step)
+                if log.checkpoint_due(step) or stopping:
+                    log.save(step)
+                if stopping:
+                    return log.stopped(step, stop.name or "a signal on another process")
+            return log.finished(step)
+        except BaseException as error:
+            log.failed(error)
+            raise
+
+
+class Log:
+    """Everything the loop writes: metrics, samples, checkpoints, status, report. Only the main process touches the disk."""
+
+    def __init__(self, run: Run):
+        self.run, self.cfg = run, run.cfg
+        self.began, self.before = time.monotonic(), 0.0
+        self.tokens = self.skipped = self.skipped_in_a_row = 0
+        self.window: list[tuple[float, int]] = []  # (time, tokens) of recent steps
+        self.last: dict[str, Any] = {}
+        if run.main:
+            self.metrics, self.samples, self.wandb = make_trackers(run, group=run.folder.parent.name)
+            print(f"run: {run.folder}", file=sys.stderr)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run, over all its starts."""
+        return self.before + time.monotonic() - self.began
+
+    def resume(self) -> int:
+        """Continues from the newest checkpoint, if there is one: the step to go on with."""
+        run, step = self.run, 0
+        if checkpoint.steps(run.folder / "checkpoints"):
+            state = checkpoint.load(run.folder / "checkpoints", run.engine)
+            step, self.before, self.tokens, self.skipped = state["step"], state["seconds"], state["tokens"], state["skipped"]
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+        if run.main:
+            # Rows beyond the checkpoint will be made again; a fresh start leaves none.
+            self.metrics.truncate_after(step if step else -1)
+            self.samples.truncate_after(step if step else -1)
+            if step:
+                print(f"resuming after step {step} of {run.total_steps}", file=sys.stderr)
+        if step:
+            first = [s for s in read_jsonl(run.folder / "samples.jsonl") if s["step"] == 0]
+            if run.judge.reward and first:
+                run.judge.baseline = {s["id"]: s["reward"] for s in first}
+        self.progress = Progress(run.total_steps, step, run.main)
+        self.began = time.monotonic()
+        self.status("running", step)
+        return step
+
+    def step(self, step: int, result: Any) -> None:
+        """Writes a step's row; stops the run when too many steps in a row had to be skipped."""
+        now = time.monotonic()
+        self.tokens += result.tokens
+        self.window = [*self.window[-19:], (now, result.tokens)]
+        span = now - self.window[0][0]
+        row = {
+            "step": step, "seconds": self.seconds, "split": "train", "loss": result.loss, "grad_norm": result.grad_norm,
+            "lr": learning_rate(step - 1, self.run.total_steps, self.cfg.optim), "tokens": self.tokens,
+            "tokens_per_second": sum(t for _, t in self.window[1:]) / span if span > 0 else None, **result.metrics,
+        }
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        self.skipped += result.skipped
+        row["skipped_steps"] = self.skipped
+        if self.run.main:
+            if result.skipped or step % self.cfg.train.log_every == 0 or step == self.run.total_steps:
+                self.write(row)
+            self.progress(step, row)
+        if self.skipped_in_a_row > self.cfg.train.max_skipped_steps:
+            kept = checkpoint.steps(self.run.folder / "checkpoints")
+            raise RunFailed(
+                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row (up to step {step}); "
+                f"{f'the last good checkpoint is {kept[-1]}' if kept else 'no checkpoint had been written'}. "
+                "A lower optim.lr is the usual cure; train.max_skipped_steps sets how many are allowed."
+            )
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.cfg.train.eval_every or max(1, -(-self.run.total_steps // 5))
+        return step % every == 0 or step == self.run.total_steps
+
+    def evaluated(self, step: int) -> bool:
+        """Whether a run that is resumed was judged at this step before it was stopped."""
+        rows = read_jsonl(self.run.folder / "metrics.jsonl")
+        return any(r.get("split") == "eval" and r["step"] == step for r in rows)
+
+    def checkpoint_due(self, step: int) -> bool:
+        if self.cfg.train.save_every:
+            return step % self.cfg.train.save_every == 0 or step == self.run.total_steps
+        return self.evaluation_due(step)
+
+    def evaluate(self, step: int) -> None:
+        row, samples = self.run.judge(step)
+        self.last = {"step": step, "seconds": self.seconds, "split": "eval", **row}
+        if self.run.main:
+            self.write(self.last)
+            for sample in samples:
+                self.samples.log(sample)
+
+    def save(self, step: int) -> None:
+        if self.run.main and self.skipped_in_a_row == 0:
+            state = {
+                "step": step, "updates": checkpoint.updates(self.run.engine), "seconds": self.seconds, "tokens": self.tokens,
+                "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "threads": torch.get_num_threads(),
+            }
+            checkpoint.save(self.run.folder / "checkpoints", self.run.engine, state, self.cfg.train.keep_checkpoints)
+        self.status("running", step)
+        self.run.engine.accelerator.wait_for_everyone()
+
+    def stopped(self, step: int, signal_name: str) -> dict[str, Any]:
+        self.close("stopped", step, f"stopped by {signal_name}; the same command continues it")
+        return {**self.last, "stopped": signal_name}
+
+    def finished(self, step: int) -> dict[str, Any]:
+        if self.run.main:
+            self.run.engine.policy.save(self.run.folder / "model")
+        self.close("finished", step, "")
+        return self.last
+
+    def failed(self, error: BaseException) -> None:
+        if self.run.main:
+            self.close("failed", read_status(self.run.folder).get("step", 0), f"{type(error).__name__}: {error}")
+
+    def close(self, state: str, step: int, message: str) -> None:
+        """Final status, report and trackers; tells the user what to look at."""
+        if not self.run.main:
+            return
+        self.status(state, step, message)
+        report = write_report(self.run.folder)
+        if self.wandb:
+            self.wandb.log_samples(sample_table(self.run.folder))
+            self.wandb.log_report(report)
+            self.wandb.close()
+        self.metrics.close()
+        self.samples.close()
+        for alarm in alarms(read_jsonl(self.run.folder / "metrics.jsonl")):
+            print(f"ALARM {alarm.title}: {alarm.explanation}", file=sys.stderr)
+        print(f"report: {report}", file=sys.stderr)
+
+    def status(self, state: str, step: int, message: str = "") -> None:
+        if self.run.main:
+            write_status(self.run.folder, state, step, self.run.total_steps, self.seconds, message)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.metrics.log(row)
+        if self.wandb:
+            self.wandb.log(row)
+
+
+def any_rank(run: Run, flag: bool) -> bool:
+    """Whether any process was asked to stop; all must agree, or they would wait for each other for ever."""
+    return bool(run.engine.sum_over_ranks(torch.tensor(float(flag))))
+
+
+def sample_table(folder: Path) -> list[dict[str, Any]]:
+    """Samples of the last evaluation beside those of step 0, for trackers that show tables."""
+    rows = read_jsonl(folder / "samples.jsonl")
+    first = {r["id"]: r["completion"] for r in rows if r["step"] == 0}
+    last = max((r["step"] for r in rows), default=0)
+    return [
+        {"step": r["step"], "prompt": r["prompt"], "before": first.get(r["id"]), "after": r["completion"], "reward": r["reward"]}
+        for r in rows if r["step"] == last
+    ]

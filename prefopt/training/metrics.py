@@ -1,0 +1,70 @@
+"""What a step is summarised by. Everything is a mean over units gathered from all micro-batches and ranks, never a mean of means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from prefopt.objectives.base import Batch, Objective, Terms
+
+
+class Averages:
+    """Sums and counts by name, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds units to a mean."""
+        self.sums[name] = self.sums.get(name, 0) + values.detach().double().sum()
+        self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def add_share(self, name: str, share: Tensor) -> None:
+        """Adds a share of a quantity that is already normalised over the global batch."""
+        self.sums[name] = self.sums.get(name, 0) + share.detach().double()
+        self.counts.setdefault(name, 0)
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means over all ranks, in one exchange."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        table = torch.stack([torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64).cpu() for n in names]),
+                             torch.tensor([float(self.counts[n]) for n in names], dtype=torch.float64)])
+        sums, counts = sum_over_ranks(table).tolist()
+        return {n: s / c if c else s for n, s, c in zip(names, sums, counts, strict=True)}
+
+
+def batch_metrics(objective: Objective, batch: Batch, terms: Terms, shares: Mapping[str, Tensor], averages: Averages) -> None:
+    """Adds a scored batch to the running averages of a step."""
+    if len(shares) > 1:
+        for name, share in shares.items():
+            averages.add_share(f"loss/{name}", share)
+    for name, value in terms.metrics.items():
+        averages.add(name, value)
+    if batch.pairs is not None:
+        pair_metrics(objective, batch, averages)
+    elif batch.unary is not None:
+        good, rewards, logp = batch.unary.desirable, objective.rewards(batch)[batch.unary.edge], batch.logp()[batch.unary.edge]
+        for name, which in (("desirable", good), ("undesirable", ~good)):
+            averages.add(f"reward/{name}", rewards[which])
+            averages.add(f"logp/{name}", logp[which])
+    else:
+        averages.add("logp/demonstrations", batch.logp()[batch.demonstrations.edge])
+
+
+def pair_metrics(objective: Objective, batch: Batch, averages: Averages) -> None:
+    """Rewards, margin, accuracy and log-probs of pairs. A tie counts as half a win."""
+    pairs, rewards, logp = batch.pairs, objective.rewards(batch), batch.logp()
+    chosen, rejected = rewards[pairs.chosen], rewards[pairs.rejected]
+    margin = chosen - rejected
+    towards = torch.where(pairs.label >= 0.5, margin, -margin)  # a soft label below one half prefers the other side
+    averages.add("reward/chosen", chosen)
+    averages.add("reward/rejected", rejected)
+    averages.add("reward/margin", margin)
+    averages.add("accuracy", 0.5 * (1 + torch.sign(towards)))
+    averages.add("logp/chosen", logp[pairs.chosen])
+    averages.add("logp/rejected", logp[pairs.rejected])

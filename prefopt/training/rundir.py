@@ -1,0 +1,138 @@
+"""The run folder: what belongs to it, whether it may be used, and the manifest of what made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt.config.schema import TrainConfig
+from prefopt.errors import UserError, nearest
+from prefopt.tracking.redact import redact
+
+# Keys that may change between the first start and a resume: they decide where and how a run goes, not what it computes.
+NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware")
+PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hydra-core", "omegaconf", "wandb")
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that a resumed run must share."""
+    return {k: v for k, v in config.items() if k not in NOT_IDENTITY}
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two configs differ."""
+    out = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            out += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            out.append(f"{prefix}{key}: {left} -> {right}")
+    return out
+
+
+def claim(cfg: TrainConfig, algo_name: str) -> str:
+    """Makes the folder this run's own: 'fresh', 'resume' or 'finished'. Writes config.yaml on a fresh start.
+
+    Raises `UserError` if the folder holds another run, or files that are none.
+    """
+    folder, config = Path(cfg.run_dir), plain_config(cfg, algo_name)
+    known = folder / "config.yaml"
+    if known.is_file():
+        old = yaml.safe_load(known.read_text())
+        if changed := differences(identity(old), identity(config)):
+            raise UserError(
+                f"{folder} belongs to a run with another config ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}). "
+                "Choose another hydra.run.dir, or repeat the command that began it."
+            )
+        if cfg.resume == "never":
+            raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
+        return "finished" if read_status(folder).get("state") == "finished" else "resume"
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run of prefopt; choose another hydra.run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(known, yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
+    return "fresh"
+
+
+def plain_config(cfg: TrainConfig, algo_name: str) -> dict[str, Any]:
+    """The resolved config as plain data, with the algorithm's name beside its settings."""
+    config = asdict(cfg)
+    config["algo"] = {"name": algo_name, **{k: v for k, v in config["algo"].items() if k != "name"}}
+    return config
+
+
+def load_run_config(folder: Path) -> TrainConfig:
+    """The config of an existing run folder."""
+    from omegaconf import OmegaConf
+
+    known = folder / "config.yaml"
+    if not known.is_file():
+        beside = [p.parent.name for p in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
+        raise UserError(f"{folder} holds no run (there is no config.yaml in it){nearest(folder.name, beside)}")
+    cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(known))
+    cfg.run_dir = str(folder)
+    return OmegaConf.to_object(cfg)
+
+
+def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "") -> None:
+    """One small JSON file that says how far the run is."""
+    status = {"state": state, "step": step, "total_steps": total, "seconds": round(seconds, 3), "message": message}
+    write_atomic(folder / "status.json", json.dumps(status, indent=2))
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "status.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def manifest(cfg: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """Versions, machine and inputs: what somebody needs to judge or repeat the run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return redact({
+        "command": " ".join(["prefopt", *json.loads(os.environ.get("PREFOPT_ARGV", "null") or "null")])
+        if os.environ.get("PREFOPT_ARGV") else " ".join(["prefopt", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git": _git(),
+        **about,
+    })
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes under a temporary name and renames, so that no reader sees half a file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,108 @@
+"""The oracle: evaluates the `formula` strings of objectives one unit at a time, in decimal arithmetic with 60 digits.
+
+It shares no code with the objectives: no tensors, no log-sigmoid tricks. Sixty digits and an unbounded exponent make the naive
+expressions exact enough at any log-ratio, and a float64 or float32 implementation is compared with the result.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Mapping
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
+from functools import cache
+
+from prefopt.objectives.base import Batch
+
+EXACT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
+
+
+def sigmoid(x: Decimal) -> Decimal:
+    return 1 / (1 + (-x).exp())
+
+
+def expm1(x: Decimal) -> Decimal:
+    return x.exp() - 1
+
+
+FUNCTIONS = {
+    "log": lambda x: x.ln(), "exp": lambda x: x.exp(), "expm1": expm1, "log1p": lambda x: (1 + x).ln(), "sigmoid": sigmoid,
+    "sqrt": lambda x: x.sqrt(), "tanh": lambda x: 2 * sigmoid(2 * x) - 1, "abs": abs, "max": max, "min": min,
+}
+
+
+class _Literals(ast.NodeTransformer):
+    """Turns every number of a formula into a call that makes the exact decimal."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if type(node.value) not in (int, float):
+            return node
+        call = ast.Call(ast.Name("number", ast.Load()), [ast.Constant(repr(node.value))], [])
+        return ast.copy_location(call, node)
+
+
+@cache
+def _compiled(formula: str):
+    return compile(ast.fix_missing_locations(_Literals().visit(ast.parse(formula, mode="eval"))), formula, "eval")
+
+
+def evaluate(formula: str, names: Mapping[str, object]) -> float:
+    """The value of `formula`. Floats in `names` are taken exactly; truth values and strings stay what they are."""
+    exact = {k: Decimal(v) if type(v) in (int, float) else v for k, v in names.items()}
+    with localcontext(EXACT):
+        return float(eval(_compiled(formula), {"__builtins__": {}, "number": Decimal, **FUNCTIONS}, exact))
+
+
+def units(batch: Batch, unit: str) -> list[tuple[dict[str, float], float]]:
+    """(the names a formula may use, weight from the data) of each unit of a batch, read from its lists one by one."""
+    policy = {name: tensor.tolist() for name, tensor in batch.scores["policy"].items()}
+    reference = {name: tensor.tolist() for name, tensor in batch.scores.get("reference", {}).items()}
+    lengths = batch.lengths.tolist()
+    if unit == "pair":
+        return [_pair(policy, reference, lengths, *row) for row in _rows(batch.pairs)]
+    if unit == "completion":
+        return _completions(batch, policy, reference, lengths)
+    assert unit == "token", f"no formula is defined for the unit {unit!r}"
+    rows = (
+        [(edge, weight) for edge, weight in _rows(batch.demonstrations)] if batch.demonstrations
+        else [(chosen, weight) for chosen, _, _, weight, _ in _rows(batch.pairs)]
+    )
+    out = []
+    for token, edge in enumerate(batch.token_edge.tolist()):
+        weights = [weight for e, weight in rows if e == edge]
+        if weights:
+            out.append(({"t": policy["token_logp"][token]}, math.fsum(weights)))
+    return out
+
+
+def _rows(view) -> list[tuple]:
+    return list(zip(*(column.tolist() for column in vars(view).values()), strict=True))
+
+
+def _pair(policy, reference, lengths, chosen, rejected, label, weight, margin) -> tuple[dict[str, float], float]:
+    names = {"nw": lengths[chosen], "nl": lengths[rejected], "p": label, "m": margin}
+    names |= {"w": policy["logp"][chosen], "l": policy["logp"][rejected]}
+    if "logp" in reference:
+        names |= {"rw": reference["logp"][chosen], "rl": reference["logp"][rejected]}
+        names["h"] = (names["w"] - names["rw"]) - (names["l"] - names["rl"])
+    return names, weight
+
+
+def _completions(batch: Batch, policy, reference, lengths) -> list[tuple[dict[str, float], float]]:
+    out, common = [], {}
+    if "logp" in reference:
+        drift = [policy["logp"][e] - reference["logp"][e] for e in batch.unary.mismatched.tolist()]
+        common["z"] = max(0.0, math.fsum(drift) / len(drift)) if drift else 0.0
+    columns = (batch.unary.edge.tolist(), batch.unary.desirable.tolist(), batch.unary.weight.tolist())
+    for edge, desirable, weight in zip(*columns, strict=True):
+        names = {"y": policy["logp"][edge], "n": lengths[edge], "d": int(desirable)} | common
+        if "logp" in reference:
+            names["r"] = reference["logp"][edge]
+        out.append((names, weight))
+    return out
+
+
+def expected(objective, batch: Batch, name: str, unit: str) -> tuple[list[float], list[float]]:
+    """(values, weights) of the term `name` of an objective on a batch, one per unit."""
+    found = units(batch, unit)
+    return [evaluate(objective.formula[name], vars(objective) | names) for names, _ in found], [weight for _, weight in found]

@@ -1,0 +1,196 @@
+"""Registered objectives, hyper-parameters drawn for them, and synthetic batches to call them on."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import random
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from prefopt.data.batch import Row
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.objectives.base import Batch, Demonstrations, Objective, Pairs, Unary
+
+ROOT = Path(__file__).resolve().parents[2]
+YAML = {path.stem: path for path in sorted((ROOT / "conf" / "algo").glob("*.yaml"))}
+NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t"}  # what a golden number or a limit may pin
+
+
+def settings_of(slug: str) -> tuple[type[Objective], dict]:
+    """The class that a file of conf/algo names, and its settings."""
+    values = OmegaConf.to_container(OmegaConf.load(YAML[slug]), resolve=True)
+    module, _, name = values.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(module), name), values
+
+
+def default(slug: str) -> Objective:
+    cls, values = settings_of(slug)
+    return cls(**values)
+
+
+def _choices(annotation) -> list | None:
+    if annotation is bool:
+        return [False, True]
+    return list(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else None
+
+
+def draw(cls: type[Objective], rng: random.Random, **pinned) -> Objective:
+    """An objective with random hyper-parameters that its `require` rules allow."""
+    types = typing.get_type_hints(cls)
+    for _ in range(1000):
+        values = {}
+        for f in fields(cls):
+            start = None if f.default is MISSING else f.default
+            if f.name in pinned:
+                values[f.name] = pinned[f.name]
+            elif choices := _choices(types[f.name]):
+                values[f.name] = rng.choice(choices)
+            elif types[f.name] is int:
+                values[f.name] = (start or 0) + rng.randint(0, 2)
+            elif types[f.name] is float:
+                values[f.name] = start * 10 ** rng.uniform(-0.7, 0.7) if start else rng.uniform(0, 0.5)
+            else:
+                values[f.name] = start
+        try:
+            return cls(**values)
+        except ValueError:
+            continue
+    raise AssertionError(f"no settings of {cls.__name__} satisfy {cls.require}")
+
+
+def several(slug: str, seed: int = 0, draws: int = 3) -> list[Objective]:
+    """The YAML's settings, then `draws` random ones for each combination of the switches."""
+    cls, rng = settings_of(slug)[0], random.Random(f"{slug} {seed}")
+    types = typing.get_type_hints(cls)
+    switches = {f.name: _choices(types[f.name]) for f in fields(cls) if _choices(types[f.name])}
+    combinations = [dict(zip(switches, values, strict=True)) for values in itertools.product(*switches.values())]
+    return [default(slug)] + [draw(cls, rng, **pinned) for pinned in combinations for _ in range(draws)]
+
+
+def scored(objective: Objective, layout: Batch, tokens: dict[str, Tensor]) -> Batch:
+    """The layout with exactly the quantities that the objective declares, made of token log-probs [N] per scorer."""
+    scores: dict[str, dict[str, Tensor]] = {}
+    for scorer, quantities in objective.quantities.items():
+        token_logp = tokens[scorer]
+        total = token_logp.new_zeros(layout.lengths.shape).index_add(0, layout.token_edge, token_logp)
+        made = {"logp": total, "token_logp": token_logp}
+        scores[scorer] = {quantity: made[quantity] for quantity in quantities}
+    return Batch(layout.lengths, layout.token_edge, scores, layout.pairs, layout.unary, layout.demonstrations)
+
+
+def layout_of(lengths: list[int], **views) -> Batch:
+    count = torch.tensor(lengths)
+    return Batch(count, torch.repeat_interleave(torch.arange(len(lengths)), count), {}, **views)
+
+
+def floats(values) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def random_layout(objective: Objective, rng: random.Random, units: int, edges: int = 9) -> Batch:
+    """`units` units over `edges` edges of unequal lengths. Edges are shared, out of order, and some are in no unit."""
+    layout = layout_of([rng.randint(1, 6) for _ in range(edges)])
+    weight = floats(rng.uniform(0.1, 3) for _ in range(units))
+    if objective.view == "pairs":
+        sides = [rng.sample(range(edges - 1), 2) for _ in range(units)]
+        has = objective.columns
+        label = floats(rng.choice([0.0, 1.0, rng.random()]) if "label" in has else 1.0 for _ in range(units))
+        margin = floats(rng.uniform(-1, 2) if "margin" in has else 0.0 for _ in range(units))
+        columns = [torch.tensor([s[i] for s in sides], dtype=torch.long) for i in (0, 1)]
+        layout.pairs = Pairs(*columns, label, weight, margin)
+    elif objective.view == "unary":
+        order = rng.sample(range(edges), edges)
+        mismatched = torch.tensor(order[:3] if objective.mismatched else [], dtype=torch.long)
+        edge = torch.tensor([rng.choice(order[3:-1]) for _ in range(units)], dtype=torch.long)
+        layout.unary = Unary(edge, torch.tensor([rng.random() < 0.5 for _ in range(units)], dtype=torch.bool), weight, mismatched)
+    else:
+        edge = torch.tensor(rng.sample(range(edges - 1), units), dtype=torch.long)
+        layout.demonstrations = Demonstrations(edge, weight)
+    return layout
+
+
+def random_tokens(objective: Objective, layout: Batch, rng: random.Random) -> dict[str, Tensor]:
+    return {scorer: floats(-rng.uniform(0.05, 3) for _ in layout.token_edge) for scorer in objective.quantities}
+
+
+def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
+    """A batch of a single unit with the scores `names` (see `NAMES`), whose tokens share the log-prob of their edge evenly."""
+    assert names.keys() <= NAMES, f"unknown names {names.keys() - NAMES}"
+    get = {"p": 1, "m": 0, "nw": 1, "nl": 1, "n": 1, "d": 1, "z": 0, "w": 0, "l": 0, "y": 0, "rw": 0, "rl": 0, "r": 0} | names
+    one, policy, reference = floats([1]), [], []
+    if objective.view == "pairs":
+        edges = [(get["nw"], get["w"], get["rw"]), (get["nl"], get["l"], get["rl"])]
+        views = {"pairs": Pairs(torch.tensor([0]), torch.tensor([1]), floats([get["p"]]), one, floats([get["m"]]))}
+    elif objective.view == "unary":
+        edges = [(get["n"], get["y"], get["r"]), (1, get["z"], 0.0)]
+        views = {"unary": Unary(torch.tensor([0]), torch.tensor([bool(get["d"])]), one, torch.tensor([1]))}
+    else:
+        edges = [(get["n"], get.get("t", get["y"] / get["n"]) * get["n"], get["r"])]
+        views = {"demonstrations": Demonstrations(torch.tensor([0]), one)}
+    for length, logp, ref in edges:
+        policy += [logp / length] * length
+        reference += [ref / length] * length
+    layout = layout_of([length for length, _, _ in edges], **views)
+    return scored(objective, layout, {s: floats(policy if s == "policy" else reference) for s in objective.quantities})
+
+
+def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
+    """Values for every name that a formula may use in this view."""
+    if objective.view == "pairs":
+        nw, nl = rng.randint(1, 5), rng.randint(1, 5)
+        logps = {k: -n * rng.uniform(0.05, 3) for k, n in (("w", nw), ("rw", nw), ("l", nl), ("rl", nl))}
+        return logps | {"nw": nw, "nl": nl, "p": rng.random() if "label" in objective.columns else 1.0,
+                        "m": rng.uniform(-1, 2) if "margin" in objective.columns else 0.0}
+    if objective.view == "unary":
+        n = rng.randint(1, 5)
+        return {"n": n, "y": -n * rng.uniform(0.05, 3), "r": -n * rng.uniform(0.05, 3), "d": rng.randint(0, 1), "z": rng.uniform(0, 3)}
+    return {"t": -rng.uniform(0.05, 3)}
+
+
+def with_derived(names: dict[str, float]) -> dict[str, float]:
+    """The names plus h, and t where a unit is a single token's worth of a pair."""
+    if "w" in names:
+        names = {"rw": 0, "rl": 0, "nw": 1, "nl": 1, "p": 1, "m": 0} | names
+        names["h"] = (names["w"] - names["rw"]) - (names["l"] - names["rl"])
+        names["t"] = names["w"] / names["nw"]
+    return names
+
+
+def branch(rng: random.Random, prompt_only: int = 0) -> Branch:
+    """A reply of random length; about one token in four is not trained, the last one always is."""
+    count = rng.randint(1, 6)
+    mask = [False] * prompt_only + [rng.random() < 0.75 for _ in range(count - 1)] + [True]
+    return Branch([rng.randint(4, 99) for _ in mask], mask, True)
+
+
+def random_rows(objective: Objective, rng: random.Random, count: int) -> list[Row]:
+    """Tokenised rows of every kind that the objective's view reads, with the optional columns that it declares."""
+    has, rows = objective.columns, []
+    for i in range(count):
+        extra = {"weight": rng.choice([0.5, 1.0, 2.0]) if "weight" in has else 1.0}
+        replies, kind = 2, "pair"
+        if objective.view == "pairs":
+            if i % 3 == 2:
+                replies, kind = rng.randint(3, 4), "ranking_all"
+                extra["scores"] = sorted((rng.random() for _ in range(replies)), reverse=True)
+            else:  # an objective without soft labels gets such a row as two weighted pairs
+                extra["label"] = rng.choice([1.0, 0.75, 0.25])
+            extra["margin"] = rng.uniform(0, 1) if "margin" in has else 0.0
+        elif objective.view == "unary":
+            if i % 2:
+                replies, kind, extra["desirable"] = 1, "unary", [rng.random() < 0.5]
+            else:
+                extra["label"] = rng.choice([1.0, 0.75])
+            if objective.mismatched:
+                extra["mismatched"] = [branch(rng, prompt_only=i % 2) for _ in range(replies)]
+        else:
+            replies, kind = rng.randint(1, 2), "demonstration"
+        prompt = [rng.randint(4, 99) for _ in range(rng.randint(1, 8))]
+        rows.append(Row(Tokens(prompt, [branch(rng) for _ in range(replies)]), kind, **extra))
+    return rows

@@ -1,0 +1,270 @@
+"""Loss and gradients of every parameter equal TRL's, on TRL's own batches; where the two differ on purpose, the difference is shown.
+
+TRL tokenises, collates and computes its loss with the model it was given. We take the token ids out of its batch, run a copy of the
+model on each sequence alone (no padding), take float32 log-softmax, and call our objective.
+"""
+
+import copy
+import importlib
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl")
+
+import datasets  # noqa: E402
+from samples import scored  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from prefopt.objectives.base import Batch, Demonstrations, Pairs, Unary, reduce_terms, total_weights  # noqa: E402
+from prefopt.objectives.pairwise import DPO, IPO  # noqa: E402
+from prefopt.objectives.reference_free import CPO, ORPO, SimPO, SLiC  # noqa: E402
+from prefopt.objectives.unary import KTO, SFT  # noqa: E402
+
+WORDS = "red green blue one two three four cat dog bird sees hears likes the a".split()
+VOCABULARY = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+PREFERENCES = [  # replies of unequal length; prompts of one word and of several
+    {"prompt": "the cat", "chosen": " sees a red bird", "rejected": " hears two"},
+    {"prompt": "one", "chosen": " likes blue", "rejected": " likes the green dog a four"},
+    {"prompt": "a dog hears the", "chosen": " three bird", "rejected": " cat"},
+]
+ONE_WORD_PROMPTS = [  # and chosen replies of one length
+    {"prompt": "cat", "chosen": " sees a red", "rejected": " hears two"},
+    {"prompt": "one", "chosen": " likes blue bird", "rejected": " likes the green dog a four"},
+    {"prompt": "dog", "chosen": " three bird sees", "rejected": " cat"},
+]
+LABELLED = [
+    {"prompt": "the cat", "completion": " sees a red bird", "label": True},
+    {"prompt": "one", "completion": " likes the green dog", "label": False},
+    {"prompt": "a dog hears the", "completion": " three bird", "label": True},
+    {"prompt": "two dog", "completion": " hears", "label": False},
+    {"prompt": "blue", "completion": " dog likes a cat one", "label": True},
+    {"prompt": "bird the", "completion": " four four", "label": False},
+]
+
+
+def tokenizer():
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def llama(seed):
+    """A random Llama without dropout, wide enough in its weights that no log-prob is near uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        attention_dropout=0.0, tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).float()
+
+
+def trainer(tmp_path, name, rows, module="trl", ref_model=None, size=None, **options):
+    """A TRL trainer on `rows`, on the CPU in float32, and our own copy of its model."""
+    library = importlib.import_module(module)
+    model = llama(0)
+    ours = copy.deepcopy(model)
+    args = getattr(library, f"{name}Config")(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, max_length=64,
+        per_device_train_batch_size=size or len(rows), save_strategy="no", disable_tqdm=True, **options,
+    )
+    extra = {"ref_model": ref_model} if ref_model is not None else {}
+    made = getattr(library, f"{name}Trainer")(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer(), **extra
+    )
+    return made, ours
+
+
+def collated(made, rows=slice(None)):
+    """TRL's batch of the rows, in their order (the trainer's own loader would shuffle them)."""
+    return made._prepare_inputs(made.data_collator([made.train_dataset[i] for i in range(len(made.train_dataset))[rows]]))
+
+
+def run(made, inputs):
+    """TRL's loss on `inputs` and the gradient of every parameter."""
+    made.model.zero_grad()
+    made.model.train()
+    loss = made.compute_loss(made.model, dict(inputs))
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in made.model.named_parameters()}
+
+
+def sequences(ids, attention, completion):
+    """[(ids without padding, their completion mask)]"""
+    keep = attention.bool()
+    return [(row[k], mask[k].bool()) for row, k, mask in zip(ids, keep, completion, strict=True)]
+
+
+def paired(inputs):
+    """Sequences of a CPO or ORPO batch: all chosen, then all rejected."""
+    return [s for side in ("chosen", "rejected") for s in sequences(
+        inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"], inputs[f"{side}_labels"] != -100)]
+
+
+def token_logps(model, edges):
+    """Log-probs of the trained tokens of each sequence, run alone: plain float32 log-softmax."""
+    out = []
+    for ids, trained in edges:
+        logps = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+        out.append(logps[:-1].gather(1, ids[1:, None])[:, 0][trained[1:]])
+    return out
+
+
+def ours_on(objective, model, edges, reference=None, **views):
+    """Our loss on the sequences and the gradient of every parameter."""
+    model.zero_grad()
+    model.train()
+    policy = token_logps(model, edges)
+    lengths = torch.tensor([len(p) for p in policy])
+    layout = Batch(lengths, torch.repeat_interleave(torch.arange(len(edges)), lengths), {}, **views)
+    tokens = {"policy": torch.cat(policy)}
+    if "reference" in objective.quantities:
+        with torch.no_grad():
+            tokens["reference"] = torch.cat(token_logps(reference, edges))
+    batch = scored(objective, layout, tokens)
+    loss, _ = reduce_terms(batch, objective(batch), total_weights(objective, layout))
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def pairs(count):
+    """All chosen sequences first, then all rejected, as TRL lays them out."""
+    one = torch.ones(count)
+    return {"pairs": Pairs(torch.arange(count), torch.arange(count) + count, one, one, 0 * one)}
+
+
+def assert_same(theirs, ours):
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-5)
+    assert theirs[1].keys() == ours[1].keys() and any(g.abs().max() > 1e-3 for g in theirs[1].values())
+    for name, grad in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def dpo_edges(inputs):
+    return sequences(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_dpo(tmp_path, beta):
+    reference = llama(1)
+    made, model = trainer(tmp_path, "DPO", PREFERENCES, ref_model=copy.deepcopy(reference), beta=beta, loss_type="sigmoid")
+    inputs = collated(made)
+    assert_same(run(made, inputs), ours_on(DPO(beta=beta), model, dpo_edges(inputs), reference, **pairs(3)))
+
+
+def test_dpo_label_smoothing(tmp_path):
+    """TRL's `sigmoid` does not read label_smoothing. Its `robust` loss R and sigmoid loss S give ours: 2 (1-e) S - (1-2e) R."""
+    e, reference = 0.2, llama(1)
+    made, model = trainer(
+        tmp_path, "DPO", PREFERENCES, ref_model=copy.deepcopy(reference), beta=0.5, label_smoothing=e,
+        loss_type=["sigmoid", "robust"], loss_weights=[2 * (1 - e), -(1 - 2 * e)],
+    )
+    inputs = collated(made)
+    theirs = run(made, inputs)
+    assert_same(theirs, ours_on(DPO(beta=0.5, label_smoothing=e), model, dpo_edges(inputs), reference, **pairs(3)))
+    made.loss_types, made.loss_weights = ["sigmoid"], [1.0]
+    assert_same(run(made, inputs), ours_on(DPO(beta=0.5), model, dpo_edges(inputs), reference, **pairs(3)))
+
+
+def test_ipo_is_trl_with_length_normalize(tmp_path):
+    reference = llama(1)
+    made, model = trainer(tmp_path, "DPO", PREFERENCES, ref_model=copy.deepcopy(reference), beta=0.3, loss_type="ipo")
+    inputs = collated(made)
+    theirs, edges = run(made, inputs), dpo_edges(inputs)
+    assert_same(theirs, ours_on(IPO(tau=0.3, length_normalize=True), model, edges, reference, **pairs(3)))
+    summed = ours_on(IPO(tau=0.3, length_normalize=False), model, edges, reference, **pairs(3))
+    assert abs(summed[0] - theirs[0]) > 0.1, "the paper's token sums are another loss"
+
+
+def cpo(tmp_path, rows=PREFERENCES, **options):
+    made, model = trainer(tmp_path, "CPO", rows, module="trl.experimental.cpo", **options)
+    inputs = collated(made)
+    return run(made, inputs), model, paired(inputs)
+
+
+def test_cpo_is_trl_with_nll_token_mean(tmp_path):
+    theirs, model, edges = cpo(tmp_path, beta=0.3, cpo_alpha=0.5, loss_type="sigmoid")
+    assert_same(theirs, ours_on(CPO(beta=0.3, alpha=0.5, nll_token_mean=True), model, edges, **pairs(3)))
+    summed = ours_on(CPO(beta=0.3, alpha=0.5, nll_token_mean=False), model, edges, **pairs(3))
+    assert abs(summed[0] - theirs[0]) > 0.1, "the paper's sum over tokens is another loss"
+
+
+def test_cpo_without_likelihood_term(tmp_path):
+    theirs, model, edges = cpo(tmp_path, beta=0.3, cpo_alpha=0.0, loss_type="sigmoid")
+    assert_same(theirs, ours_on(CPO(beta=0.3, alpha=0.0), model, edges, **pairs(3)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.15])
+def test_simpo(tmp_path, smoothing):
+    theirs, model, edges = cpo(tmp_path, beta=2.0, simpo_gamma=0.8, cpo_alpha=0.0, loss_type="simpo", label_smoothing=smoothing)
+    assert_same(theirs, ours_on(SimPO(beta=2.0, gamma=0.8, label_smoothing=smoothing), model, edges, **pairs(3)))
+
+
+def test_slic_is_trl_hinge_scaled(tmp_path):
+    """TRL's hinge is max(0, 1 - beta (w - l)): ours times beta at delta = 1 / beta."""
+    beta = 0.05
+    theirs, model, edges = cpo(tmp_path, beta=beta, cpo_alpha=0.0, loss_type="hinge")
+    loss, grads = ours_on(SLiC(delta=1 / beta, lambda_=0.0), model, edges, **pairs(3))
+    assert_same(theirs, (beta * loss, {name: beta * g for name, g in grads.items()}))
+
+
+def test_slic_regulariser_is_a_sum_where_trl_has_a_token_mean(tmp_path):
+    """On a single pair the two differ by the number of chosen tokens."""
+    beta, alpha = 0.05, 0.4
+    theirs, model, edges = cpo(tmp_path, rows=PREFERENCES[:1], beta=beta, cpo_alpha=alpha, loss_type="hinge")
+    tokens = int(edges[0][1].sum())
+    assert tokens == 5
+    loss, grads = ours_on(SLiC(delta=1 / beta, lambda_=alpha / (beta * tokens)), model, edges, **pairs(1))
+    assert_same(theirs, (beta * loss, {name: beta * g for name, g in grads.items()}))
+
+
+def orpo(tmp_path, rows, lambda_):
+    made, model = trainer(tmp_path, "ORPO", rows, module="trl.experimental.orpo", beta=lambda_)
+    inputs = collated(made)
+    return run(made, inputs), model, paired(inputs)
+
+
+def test_orpo(tmp_path):
+    """One-word prompts and chosen replies of one length: then TRL's mean over the batch's tokens is the paper's mean per reply."""
+    theirs, model, edges = orpo(tmp_path, ONE_WORD_PROMPTS, 0.4)
+    assert_same(theirs, ours_on(ORPO(lambda_=0.4), model, edges, **pairs(3)))
+
+
+def test_orpo_likelihood_term_of_trl_reads_prompts(tmp_path):
+    """On other rows TRL's likelihood term is a mean over all tokens of the chosen sequences, prompts included; the rest is ours."""
+    theirs, model, edges = orpo(tmp_path, PREFERENCES, 0.4)
+    loss, _ = ours_on(ORPO(lambda_=0.4), model, edges, **pairs(3))
+    with torch.no_grad():
+        replies = token_logps(model, edges[:3])
+        everything = torch.cat(token_logps(model, [(ids, torch.ones_like(trained)) for ids, trained in edges[:3]]))
+    paper = -sum(r.mean() for r in replies).item() / 3
+    assert abs(theirs[0] - loss) > 0.01
+    assert theirs[0] - loss == pytest.approx(-everything.mean().item() - paper, abs=1e-5)
+
+
+def kto(tmp_path, reference, size=None, **options):
+    return trainer(tmp_path, "KTO", LABELLED, ref_model=copy.deepcopy(reference), beta=0.3, size=size, **options)
+
+
+def kto_edges(inputs):
+    """Sequences of a KTO batch: the replies, then TRL's mismatched ones; and the view of them."""
+    own = sequences(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+    swapped = sequences(inputs["KL_input_ids"], inputs["KL_attention_mask"], inputs["KL_completion_mask"])
+    count = len(own)
+    view = Unary(torch.arange(count), inputs["label"].bool(), torch.ones(count), torch.arange(count) + count)
+    return own + swapped, {"unary": view}
+
+
+@pytest.mark.parametrize(("policy_first", "positive"), [(True, True), (False, False)])
+def test_kto(tmp_path, policy_first, positive):
+    """With the same mismatched replies, for a KL estimate above 0 and for one that is clamped."""
+    reference = llama(KL_SEEDS[positive])
+    made, model = kto(tmp_path, reference, desirable_weight=1.3, undesirable_weight=0.8)
+    inputs = collated(made)
+    edges, view = kto_edges(inputs)
+    with torch.no_grad():
+        drift = sum((p.sum() - r.sum()).item() for p, r in zip(token_logps(model, edges[6:]), token_logps(reference, edges[6:]), strict=True))
+    assert (drift > 0.1) == positive
+    assert_same(run(made, inputs), ours_on(KTO(beta=0.3, lambda_D=1.3, lambda_U=0.8), model, edges, reference, **view))

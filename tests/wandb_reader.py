@@ -1,0 +1,27 @@
+"""Reads W&B's offline run file: a 7-byte header, then LevelDB log blocks holding protobuf records."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+HEADER, BLOCK = 7, 32 * 1024
+FULL, LAST = 1, 4
+
+
+def records(path: Path) -> Iterator:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, pos, parts = path.read_bytes(), HEADER, b""
+    assert data[:4] == b":W&B"
+    while pos + HEADER <= len(data):
+        if (left := BLOCK - pos % BLOCK) < HEADER:  # no record header fits: the block's tail is padding
+            pos += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[pos : pos + HEADER])
+        parts += data[pos + HEADER : pos + HEADER + size]
+        pos += HEADER + size
+        if kind in (FULL, LAST):
+            yield Record.FromString(parts)
+            parts = b""
