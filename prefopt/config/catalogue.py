@@ -275,6 +275,8 @@ def needs_lines(info: ObjectiveInfo) -> list[str]:
         lines.append("no reference model")
     if info.coupling == "global":
         lines.append("coupling: the loss of one row depends on the scores of the whole batch, so rows are scored twice")
+    if info.mismatched:
+        lines.append("mismatched replies: each prompt is also scored with another row's reply")
     if info.min_batch > 1:
         lines.append(f"batch: at least {info.min_batch} rows")
     if info.proper_likelihood:

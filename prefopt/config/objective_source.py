@@ -40,6 +40,7 @@ class ObjectiveInfo:
     coupling: str
     columns: tuple[str, ...]
     proper_likelihood: bool
+    mismatched: bool
     min_batch: int
     paper: str
     require: tuple[str, ...]

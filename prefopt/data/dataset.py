@@ -99,7 +99,7 @@ def _add_mismatched(data: Dataset, split: Split, cfg: DataConfig, tokenise: Call
     other = derangement(len(data.rows), seed)
     for i, example in enumerate(data.examples):
         foreign = data.examples[other[i]]
-        swapped = Example(example.prompt, foreign.completions, foreign.kind, chat=example.chat, origin=example.origin)
+        swapped = Example(example.prompt, foreign.completions, "unary", chat=example.chat, origin=example.origin)
         try:
             tokens = tokenise(swapped)
         except BadRow as reason:

@@ -64,7 +64,8 @@ class Tokeniser:
             raise UserError("the tokenizer is a slow one without character offsets; use a model with a fast tokenizer (tokenizer.json)")
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end-of-sequence token; replies could never be trained to end")
-        self.template = _template(chat_template) or tokenizer.chat_template
+        own = tokenizer.chat_template
+        self.template = _template(chat_template) or (own.get("default") if isinstance(own, dict) else own)
         probe = tokenizer("a")["input_ids"]
         # Only a tokenizer that adds its BOS by itself uses one: several define a bos_token they never write (Qwen, GPT-2).
         self.adds_bos = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
@@ -81,7 +82,7 @@ class Tokeniser:
         except BadRow as error:
             raise UserError(f"{error}; set model.chat_template to one that takes a user's and an assistant's turn") from error
         bos = self.tokenizer.bos_token_id
-        self.leads = bos is not None and ids[0] == bos and ids.count(bos) == 1
+        self.leads = bos is not None and ids[:1] == [bos] and ids.count(bos) == 1
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         after = self.tokenizer(text.rpartition(PROBE)[2], add_special_tokens=False)["input_ids"]
         self.ends |= set([i for i in after if i in special][:1])
@@ -114,11 +115,18 @@ class Tokeniser:
         shared = min(len(p) for p in prompts)
         while any(p[:shared] != prompts[0][:shared] for p in prompts):
             shared -= 1  # a token that straddles prompt and reply in one rendering only
-        return self._fit([Branch(ids[shared:], mask[shared:], True) for ids, mask, _ in rendered], prompts[0][:shared])
+        out = self._fit([Branch(ids[shared:], mask[shared:], True) for ids, mask, _ in rendered], prompts[0][:shared])
+        if example.kind in ("pair", "ranking") and len({tuple(b.ids) for b in out.branches}) < len(out.branches):
+            what = "chosen and rejected are" if example.kind == "pair" else "two of the completions are"
+            raise BadRow(f"{what} the same tokens" + (" after truncation" if any(out.cut_completions) else ""))
+        return out
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
-        """Ids to sample a reply from, rendered and limited as in training; `chat` says that the row holds messages."""
-        return self._fit([], self._encode(self._head(prompt, self.templated(chat)))[0]).prompt
+        """Ids to sample a reply from, rendered and limited as in training; `chat` says that the row holds messages.
+
+        Never empty: without any token a text is begun after an end-of-sequence token, as in GPT-2's training data.
+        """
+        return self._fit([], self._encode(self._head(prompt, self.templated(chat)))[0]).prompt or [self.tokenizer.eos_token_id]
 
     def _head(self, prompt: list[Message], chat: bool) -> str:
         return self._apply(prompt, True) if chat else "\n".join(m.text for m in prompt)
@@ -145,9 +153,8 @@ class Tokeniser:
                     spans.append((len(previous), len(full)))
         ids, offsets = self._encode(full)
         start = len(head)
-        # An empty token (s == e) was put in by the tokenizer before what follows, as sentencepiece's space after a special token.
-        mask = [any(s < hi and (e > lo or s == e >= lo) for lo, hi in spans) for s, e in offsets]
-        split = next((i for i, (s, e) in enumerate(offsets) if e > start or s == e == start), len(ids))
+        mask = [any(s < hi and e > lo for lo, hi in spans) for s, e in offsets]
+        split = next((i for i, (_, e) in enumerate(offsets) if e > start), len(ids))
         if split == len(ids) or not any(mask):
             raise BadRow("the completion has no tokens")
         return self._finish(ids, mask, split)
@@ -180,7 +187,7 @@ class Tokeniser:
         limit = min(cfg.max_prompt_tokens or self.context - 1, self.context - 1)
         if len(prompt) > limit:
             if cfg.on_long_prompt == "stop":
-                raise BadRow(f"the prompt has {len(prompt)} tokens, the limit is {limit}; set data.on_long_prompt=keep_end to drop its start")
+                raise BadRow(f"the prompt has {len(prompt)} tokens, the limit is {limit}; data.on_long_prompt=keep_end drops its start")
             keep_bos = int(self.leads)
             out.prompt = prompt[:keep_bos] + prompt[len(prompt) - (limit - keep_bos):]
             out.cut_prompt = len(prompt) - limit
@@ -197,23 +204,19 @@ class Tokeniser:
                 if not any(branch.mask[:room]):
                     raise BadRow(f"nothing of completion {number + 1} would be left within {room} tokens; raise data.max_completion_tokens")
                 branch.ids, branch.mask, branch.complete = branch.ids[:room], branch.mask[:room], False
-        if len({tuple(b.ids) for b in branches}) < len(branches):
-            what = "chosen and rejected are" if len(branches) == 2 else "two of the completions are"
-            raise BadRow(f"{what} the same tokens" + (" after truncation" if any(out.cut_completions) else ""))
         return out
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         # Some byte-level tokenizers leave white space out of their offsets; each token here starts where the one before it ended.
-        place, joined = 0, []
-        for s, e in offsets:
-            joined.append((min(s, place), e))
+        place = 0
+        for i, (s, e) in enumerate(offsets):
+            offsets[i] = (min(s, place), e)
             place = max(place, e)
-        offsets = joined
         bos = self.tokenizer.bos_token_id
         if self.adds_bos and ids[:1] != [bos]:
-            ids, offsets = [bos, *ids], [(-1, -1), *offsets]
+            ids, offsets = [bos, *ids], [(0, 0), *offsets]
         if bos is not None and ids[:2] == [bos, bos]:
             raise BadRow("the rendered text begins with two BOS tokens; the chat template writes one too many")
         return ids, offsets

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.compose import rephrase, typed
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import UserError
+from prefopt.launch import multirun
 from prefopt.launch.local import run_here
-from prefopt.launch.multirun import JobLauncher
 from prefopt.training.rundir import claim
 
 
@@ -27,9 +29,7 @@ def run(command: str, overrides: list[str]) -> Any:
     """Runs `train`, `eval`, `sample` or `data_check` with Hydra's command line `overrides`; returns what the command returned."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and the sentence is ours
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", str(text)), replace=True)
-    # Hydra takes plugins from the package hydra_plugins only; registering under that name needs no extra top-level package.
-    JobLauncher.__module__ = "hydra_plugins.prefopt"
-    Plugins.instance().register(JobLauncher)
+    _register_launcher()
     result: list[Any] = []
     failed: list[BaseException] = []
 
@@ -49,6 +49,18 @@ def run(command: str, overrides: list[str]) -> Any:
     if failed:
         raise failed[0]
     return result[0] if result else None
+
+
+def _register_launcher() -> None:
+    """Hydra takes plugins from the namespace package hydra_plugins only; registering there by hand needs no second top-level package."""
+    plugins = Plugins.instance()
+    try:
+        namespace = importlib.import_module("hydra_plugins")
+    except ModuleNotFoundError:
+        namespace = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+    namespace.prefopt = sys.modules["hydra_plugins.prefopt"] = multirun
+    multirun.JobLauncher.__module__ = "hydra_plugins.prefopt"
+    plugins.register(multirun.JobLauncher)
 
 
 def remove_empty(folder: Path) -> None:

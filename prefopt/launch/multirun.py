@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from prefopt.config.compose import typed
 from prefopt.config.schema import TrainConfig
@@ -52,9 +52,10 @@ class JobLauncher(Launcher):
 
     def _compose(self, overrides: list[str], number: int) -> tuple[list[str], TrainConfig]:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(config):
+        with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
-            HydraConfig.instance().set_config(config)
+        HydraConfig.instance().set_config(config)
+        with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
         HydraConfig.instance().set_config(config)
         try:

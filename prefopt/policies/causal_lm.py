@@ -16,7 +16,7 @@ from prefopt.data.batch import MicroBatch
 from prefopt.data.records import Example, Message
 from prefopt.data.tokenise import Tokeniser, Tokens
 from prefopt.errors import UserError
-from prefopt.policies.locate import locate
+from prefopt.policies.locate import Located, locate
 
 
 @dataclass
@@ -40,8 +40,7 @@ class CausalLM(nn.Module):
         self.tokenizer = _load_tokenizer(located, trust)
         frozen = torch.bfloat16 if precision == "bf16" and cfg.lora.enabled else torch.float32
         self.model = _load_model(located, cfg, trust, frozen).to(device)
-        context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 20
-        self.tokeniser = Tokeniser(self.tokenizer, data, context, cfg.chat_template)
+        self.tokeniser = Tokeniser(self.tokenizer, data, _context(self.model.config), cfg.chat_template)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         if cfg.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
@@ -69,31 +68,41 @@ class CausalLM(nn.Module):
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
         """Ids of a prompt to sample from."""
-        return self.tokeniser.prompt_ids(prompt, chat or self.tokeniser.template is not None)
+        return self.tokeniser.prompt_ids(prompt, chat)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
-        """One reply per prompt. The samples depend on `seed` and the order of the prompts only; global RNG state is left alone."""
+        """One reply per prompt, at most as long as the context allows. The samples depend on `seed`, on the prompts, their order and
+        `sampler.batch_size` only; global RNG state is left alone.
+        """
         from transformers import GenerationConfig
 
+        room = self.tokeniser.context - max(map(len, prompts), default=0)
+        if room < 1:
+            raise UserError(f"a prompt fills the model's context of {self.tokeniser.context} tokens; lower data.max_prompt_tokens")
         greedy = sampler.temperature == 0
         settings = GenerationConfig(
-            max_new_tokens=sampler.max_new_tokens, do_sample=not greedy, temperature=None if greedy else sampler.temperature,
+            max_new_tokens=min(sampler.max_new_tokens, room), do_sample=not greedy, temperature=None if greedy else sampler.temperature,
             top_p=None if greedy else sampler.top_p, top_k=None if greedy else 0, pad_token_id=self.pad,
             eos_token_id=sorted(self.tokeniser.ends), use_cache=True,
         )
         replies: list[Reply] = []
         was_training = self.model.training
         self.model.eval()
+        # What a checkpoint ships (a repetition penalty, a minimum probability) would fill every setting left open here,
+        # and the samples would not come from the policy's own distribution.
+        inner = self.model.get_base_model() if self.cfg.lora.enabled else self.model
+        shipped, inner.generation_config = inner.generation_config, GenerationConfig()
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 for i in range(0, len(prompts), sampler.batch_size):
                     replies += self._generate(prompts[i : i + sampler.batch_size], settings)
         finally:
+            inner.generation_config = shipped
             self.model.train(was_training)
         return replies
 
@@ -122,47 +131,86 @@ class CausalLM(nn.Module):
 
     def save(self, folder: Path) -> None:
         """A plain transformers folder, or a PEFT adapter folder, with the tokenizer."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        self.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.cfg.lora.enabled else {}))
         self.tokenizer.save_pretrained(folder)
 
 
-def _load_tokenizer(located, trust: TrustConfig):
+def load_tokeniser(cfg: ModelConfig, data: DataConfig, trust: TrustConfig) -> Tokeniser:
+    """The tokeniser that `CausalLM` would have, without its weights."""
+    if cfg.path is None and cfg.name.startswith("tiny-lm"):
+        from prefopt.policies.tiny_lm import MODEL, build_tokenizer
+
+        return Tokeniser(build_tokenizer(), data, MODEL["max_position_embeddings"], cfg.chat_template)
+    located = locate(cfg, weights=False)
+    return Tokeniser(_load_tokenizer(located, trust), data, _context(_load_config(located, trust)), cfg.chat_template)
+
+
+def _context(config: Any) -> int:
+    """The longest sequence the model has positions for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def _load_tokenizer(located: Located, trust: TrustConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
     except Exception as error:
-        raise UserError(f"the tokenizer of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})") from error
+        raise _refusal("tokenizer", located, error) from error
 
 
-def _load_model(located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_config(located: Located, trust: TrustConfig) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
-        for name, value in vars(config).items():
+        return AutoConfig.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
+    except Exception as error:
+        raise _refusal("config", located, error) from error
+
+
+def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the run has one progress line of its own
+    config = _load_config(located, trust)
+    for part in (config, config.get_text_config()):
+        for name, value in list(vars(part).items()):
             # Published checkpoints name it differently: attention_dropout, resid_pdrop, hidden_dropout, ...
             if isinstance(value, (int, float)) and not isinstance(value, bool) and ("dropout" in name or name.endswith("pdrop")):
-                setattr(config, name, cfg.dropout)
+                setattr(part, name, cfg.dropout)
+            elif name == "layerdrop":
+                part.layerdrop = 0.0
+    try:
         return AutoModelForCausalLM.from_pretrained(
             located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=cfg.attention,
-            trust_remote_code=trust.remote_code,
+            trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True,
         )
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{located.where} wants to run its own Python code; allow it with trust.remote_code=true") from error
-        raise UserError(f"the model of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})") from error
+        raise _refusal("model", located, error) from error
+
+
+def _refusal(what: str, located: Located, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(f"{located.where} wants to run its own Python code; allow it with trust.remote_code=true")
+    return UserError(f"the {what} of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})")
 
 
 def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int) -> nn.Module:
     """Adapters in fp32 on a frozen model; a fresh one starts as the identity."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
     lora = cfg.lora
     if lora.adapter:
-        if not (Path(lora.adapter).expanduser() / "adapter_config.json").is_file():
+        folder = Path(lora.adapter).expanduser()
+        if not (folder / "adapter_config.json").is_file():
             raise UserError(f"model.lora.adapter={lora.adapter}: no adapter_config.json there")
-        model = PeftModel.from_pretrained(model, str(Path(lora.adapter).expanduser()), is_trainable=True)
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+            config.lora_dropout = lora.dropout  # a saved adapter brings its own, often 0.1
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
+        except Exception as error:  # another base model's shapes, another kind of adapter, a damaged file
+            raise UserError(f"model.lora.adapter={lora.adapter} does not load ({type(error).__name__}: {_line(error)})") from error
     else:
         targets = lora.targets if lora.targets == "all-linear" else [t.strip() for t in lora.targets.split(",")]
         with torch.random.fork_rng(devices=[]):

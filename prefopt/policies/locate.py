@@ -37,9 +37,9 @@ class Located:
         return h.hexdigest() if files else None
 
 
-def locate(cfg: ModelConfig) -> Located:
-    """Where the weights of `cfg` are. Order: the tiny model's cache; a local folder at `path`; the hub; the folder
-    `models/<name>` of the cache; the PyPI package `wheel`. Raises `UserError` naming everything that was tried.
+def locate(cfg: ModelConfig, weights: bool = True) -> Located:
+    """Where the files of `cfg` are. Order: the tiny model's cache; a local folder at `path`; the hub (without its `weights`, if not
+    wanted); the folder `models/<name>` of the cache; the PyPI package `wheel`. Raises `UserError` naming everything that was tried.
     """
     if cfg.path is None:
         if not cfg.name.startswith("tiny-lm"):
@@ -57,8 +57,13 @@ def locate(cfg: ModelConfig) -> Located:
     try:
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt",
-                                                                                  *([cfg.gguf_file] if cfg.gguf_file else [])])
+        # Code files are fetched, not run: that takes trust.remote_code. Pickled weights are left where they are.
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+        if cfg.gguf_file:
+            patterns.append(cfg.gguf_file)
+        elif weights:
+            patterns.append("*.safetensors")
+        folder = snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=patterns)
         return Located(folder, cfg.gguf_file, f"hub {cfg.path}", Path(folder).name)
     except Exception as error:  # not found, gated, no network: the hub client has many types for one situation
         tried.append(f"hub {cfg.path} ({type(error).__name__})")
@@ -107,6 +112,6 @@ def _wheel(package: str) -> Path:
             part = target / "download.part"
             part.write_bytes(archive.read(member))
             part.rename(target / Path(member).name)
-        wheel.unlink()
+        wheel.unlink(missing_ok=True)
         found = sorted(target.glob("*.gguf"))
     return found[0]

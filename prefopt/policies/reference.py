@@ -54,7 +54,8 @@ def _initial_adapter(policy) -> Provider:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     model = policy.model
-    model.add_adapter("reference", model.peft_config["default"])
+    with torch.random.fork_rng(devices=[]):  # the new adapter is drawn at random before it is overwritten
+        model.add_adapter("reference", model.peft_config["default"])
     set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="default"), adapter_name="reference")
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
 

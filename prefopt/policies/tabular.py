@@ -12,6 +12,7 @@ from prefopt.data import bandit
 from prefopt.data.batch import MicroBatch
 from prefopt.data.records import BadRow, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
+from prefopt.errors import UserError
 from prefopt.policies.causal_lm import Reply
 
 
@@ -48,6 +49,8 @@ class Tabular(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
+        if sampler.top_p < 1:
+            raise UserError("model=bandit draws from its whole table; set sampler.top_p=1")
         table = self.logits.detach().cpu()
         generator = torch.Generator().manual_seed(seed)
         replies = []

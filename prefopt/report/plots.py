@@ -17,7 +17,7 @@ Point = tuple[float, float]
 Row = dict[str, float]
 
 WIDTH, HEIGHT = 430, 240  # viewBox units; the page scales the picture to its column
-TOP, BOTTOM = 26, 34
+TOP, BOTTOM = 26, 38
 LETTER = 6.0  # mean width of a label's letter at the 11-unit type size used in the page
 MAX_BUCKETS = 200  # a curve is some 350 units wide: finer detail cannot be seen
 LABEL_GAP = 13.5  # least distance of two labels at the right edge
@@ -35,8 +35,8 @@ def number(value: float, decimals: int | None = None) -> str:
         text = f"{value:.{decimals}f}"
     elif size >= 1e4:
         return compact(value)
-    elif size and size < 1e-3:
-        text = f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    elif size < 1e-3:
+        text = f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e") if size else "0"
     else:
         text = f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3}f}"
     if text.startswith("-") and not text.strip("-0."):
@@ -46,13 +46,11 @@ def number(value: float, decimals: int | None = None) -> str:
 
 def compact(value: float) -> str:
     """12345 -> 12.3k, 4200000 -> 4.2M; whole numbers below ten thousand stay as they are."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            short = value / (1e3 if letter == "k" else size)
-            return (f"{short:.0f}" if abs(short) >= 100 else f"{short:.1f}".removesuffix(".0")).replace(
-                "-", "−"
-            ) + letter
-    return f"{value:.0f}".replace("-", "−")
+    sizes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+    letter = next((x for x, size in sizes.items() if abs(value) >= max(size * 0.9995, 1e4)), "")
+    short = value / sizes.get(letter, 1)
+    text = f"{short:.0f}" if abs(short) >= 99.95 or not letter else f"{short:.1f}".removesuffix(".0")
+    return text.replace("-", "−") + letter
 
 
 def duration(seconds: float) -> str:
@@ -64,7 +62,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) inside [low, high]."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
@@ -153,8 +151,8 @@ def smooth(curve: Sequence[Point]) -> list[Point]:
         sums.append(sums[-1] + y)
     out = []
     for i, (x, _) in enumerate(curve):
-        reach = min(half, i, len(curve) - 1 - i)  # shrinks at the ends, so that they are not pulled inwards
-        out.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        start, end = max(0, i - half), min(len(curve), i + half + 1)
+        out.append((x, (sums[end] - sums[start]) / (end - start)))
     return out
 
 
@@ -202,7 +200,7 @@ def chart(
     ys += [y for y, _ in guides]
     log = log and min(ys) > 0
     to_axis = math.log10 if log else float
-    x0, x1 = _span(min(xs), max(xs), 0.0)
+    x0, x1 = _span(0.0 if 0 < min(xs) < 0.05 * max(xs) else min(xs), max(xs), 0.0)
     y0, y1 = y_range or _span(to_axis(min(ys)), to_axis(max(ys)), 0.07)
     y_ticks = _log_ticks(y0, y1) if log else ticks(y0, y1)
     y_names = _tick_text(y_ticks) if not log else [number(t).rstrip("0").rstrip(".") or "0" for t in y_ticks]
@@ -235,7 +233,7 @@ def chart(
     for value, name in guides:
         y = py(value)
         out.append(f'<path class="guide" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        out.append(f'<text class="tick" x="{left + 4:.1f}" y="{y - 4:.1f}">{escape(name)}</text>')
+        out.append(f'<text class="tick" x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>')
     for s in series:
         out += _draw(s, px, py)
     out += _end_labels(named, py, right)
@@ -260,7 +258,8 @@ def _draw(s: Series, px, py) -> list[str]:
             out.append(f'<circle class="mark c{s.colour}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.8">')
             out.append(f"<title>{escape(note)}</title></circle>")
             if i in s.tags:
-                place = f'x="{px(x) + 6:.1f}" y="{py(y) + 13:.1f}"'
+                side = 'text-anchor="end"' if px(x) > WIDTH - 70 else ""
+                place = f'x="{px(x) + (-6 if side else 6):.1f}" y="{py(y) + 14:.1f}" {side}'
                 out.append(f'<text class="tick" {place}>{escape(s.tags[i])}</text>')
     return out
 
@@ -288,7 +287,8 @@ def _span(low: float, high: float, pad: float) -> tuple[float, float]:
     if size <= 1e-9 * max(abs(low), abs(high)):
         size = abs(high) * 0.2 or 1.0
         return low - size / 2, high + size / 2
-    return low - pad * size, high + pad * size
+    floor = low - pad * size
+    return 0.0 if floor < 0 <= low and pad else floor, high + pad * size
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -474,7 +474,7 @@ def _optimiser_group(train: list[Row]) -> Group:
         log=wide,
     )
     rates = [Series("", points(train, "lr"))]
-    group.add("Learning rate", rates, "The schedule.", "no learning rate was recorded", unit="lr")
+    group.add("Learning rate", rates, "The schedule.", "none was recorded", unit="learning rate")
     estimate = [Series("", smooth(points(train, "kl_estimate")))]
     group.add("KL estimate", estimate, "As the objective itself estimates it.", unit="nats")
     return group

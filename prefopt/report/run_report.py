@@ -487,7 +487,11 @@ def _setup(config: dict, manifest: dict, status: dict) -> list[tuple[str, str]]:
     found += [("learning rate", _dig(config, "optim.lr")), ("batch", _dig(config, "train.batch_size"))]
     found += [("steps", status.get("total_steps") or _dig(config, "train.steps"))]
     found += [("started", str(manifest.get("started") or "")[:16].replace("T", " "))]
-    return [(name, str(value)) for name, value in found if value not in (None, "")]
+    return [(name, _plain(value)) for name, value in found if value not in (None, "")]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
 def _dump(data: dict) -> str:

@@ -257,14 +257,47 @@ def kto_edges(inputs):
     return own + swapped, {"unary": view}
 
 
-@pytest.mark.parametrize(("policy_first", "positive"), [(True, True), (False, False)])
-def test_kto(tmp_path, policy_first, positive):
-    """With the same mismatched replies, for a KL estimate above 0 and for one that is clamped."""
-    reference = llama(KL_SEEDS[positive])
+def kl_drift(model, reference, edges):
+    """Sum over sequences of log pi - log pi_ref."""
+    with torch.no_grad():
+        both = zip(token_logps(model, edges), token_logps(reference, edges), strict=True)
+        return sum((p.sum() - r.sum()).item() for p, r in both)
+
+
+@pytest.mark.parametrize(("seed", "positive"), [(1, True), (2, False)])
+def test_kto(tmp_path, seed, positive):
+    """On the same mismatched replies, with a KL estimate above 0 and with one that is clamped."""
+    reference = llama(seed)
     made, model = kto(tmp_path, reference, desirable_weight=1.3, undesirable_weight=0.8)
     inputs = collated(made)
     edges, view = kto_edges(inputs)
-    with torch.no_grad():
-        drift = sum((p.sum() - r.sum()).item() for p, r in zip(token_logps(model, edges[6:]), token_logps(reference, edges[6:]), strict=True))
-    assert (drift > 0.1) == positive
+    drift = kl_drift(model, reference, edges[6:])
+    assert abs(drift) > 0.5 and (drift > 0) == positive
     assert_same(run(made, inputs), ours_on(KTO(beta=0.3, lambda_D=1.3, lambda_U=0.8), model, edges, reference, **view))
+
+
+def test_kto_kl_estimate_of_trl_depends_on_the_micro_batch(tmp_path):
+    """TRL pairs a prompt with the reply before it in the same micro-batch and averages there; ours is one estimate per global batch."""
+    reference = llama(1)
+    made, model = kto(tmp_path, reference, size=3)
+    ids = [list(row) for row in made.train_dataset["completion_ids"]]
+    assert [list(row) for row in made.train_dataset["KL_completion_ids"]] == [ids[2], ids[0], ids[1], ids[5], ids[3], ids[4]]
+    halves = [collated(made, slice(0, 3)), collated(made, slice(3, 6))]
+    mean_of_halves = sum(run(made, inputs)[0] for inputs in halves) / 2
+    whole = collated(made)
+    edges, view = kto_edges(whole)
+    drifts = [kl_drift(model, reference, edges[start : start + 3]) for start in (6, 9)]
+    assert drifts[0] > 0 or drifts[1] > 0
+    global_loss = ours_on(KTO(beta=0.3), model, edges, reference, **view)
+    assert_same(run(made, whole), global_loss)
+    assert abs(mean_of_halves - global_loss[0]) > 1e-3
+
+
+def test_sft(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PREFERENCES]
+    made, model = trainer(tmp_path, "SFT", rows, completion_only_loss=True)
+    inputs = collated(made)
+    edges = sequences(inputs["input_ids"], inputs["attention_mask"], inputs["labels"] != -100)
+    view = {"demonstrations": Demonstrations(torch.arange(3), torch.ones(3))}
+    assert [int(trained.sum()) for _, trained in edges] == [5, 3, 3], "the replies and their ends are trained, the prompts are not"
+    assert_same(run(made, inputs), ours_on(SFT(), model, edges, **view))

@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests. The tiny language model is made once and kept in the user's cache, as for a user."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    from prefopt.policies.tiny_lm import ensure_tiny_lm
+
+    return ensure_tiny_lm(progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch, tmp_path):
+    """No test reaches a hub or a tracker, or leaves runs where it was started."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)

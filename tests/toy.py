@@ -1,0 +1,175 @@
+"""Tiny tokenizers, chat templates and language models, made on the spot: no test needs a download."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from prefopt.config.schema import DataConfig, LoraConfig, ModelConfig, TrustConfig
+from prefopt.data.batch import MicroBatch, Row, build
+from prefopt.data.records import Example, parse_row
+from prefopt.data.tokenise import Tokeniser
+from prefopt.policies.causal_lm import CausalLM
+
+COLUMNS = vars(DataConfig().columns)
+LINES = (
+    "Hello there, how are you today? I am well, thank you.",
+    "The capital of France is Paris. The capital of Peru is Lima.",
+    "Two and two make four; three and three make six.\n\nIs that so?",
+    "Human: tell me a story. Assistant: once upon a time there was a fox.",
+    "user assistant system model think system prompt helpful",
+)
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+# In the styles of published models; bos_token and eos_token are the tokenizer's own.
+TEMPLATES = {
+    # Llama 3: the template writes the BOS, a turn ends with <|eot_id|>, which is not the EOS of the base model
+    "llama3": "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
+    " + '<|eot_id|>' %}{% if loop.first %}{{ bos_token + text }}{% else %}{{ text }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    # Qwen 2, SmolLM 2: no BOS, a default system prompt, text after the end of a turn
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "system": "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nhelpful<|im_end|>\n' }}"
+    "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # Zephyr: plain-text role marks, the tokenizer's EOS ends every turn, and the BOS is added by the tokenizer alone
+    "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    # Gemma: BOS in the template, the assistant is called model, no system turn
+    "gemma": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    # Qwen 3: an empty thought before the last reply, none before earlier ones
+    "thinking": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # R1 distillations: the prompt opens a thought that the full rendering does not have
+    "opens_thought": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    # A template and a tokenizer which both insist on a BOS
+    "two_bos": "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
+}
+MARKS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "system": ("<|im_start|>", "<|im_end|>"),
+    "zephyr": (),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "thinking": ("<|im_start|>", "<|im_end|>"),
+    "opens_thought": ("<|im_start|>", "<|im_end|>"),
+    "two_bos": (),
+}
+ADDS_BOS = ("llama3", "zephyr", "gemma", "opens_thought")  # those whose tokenizers add a BOS to bare text
+
+
+def tokenizer(kind: str = "bytes", template: str | None = None, adds_bos: bool | None = None, **special: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of `kind` word, bytes (byte-level BPE) or pieces (Unigram with a metaspace).
+
+    `template` is a key of TEMPLATES; whether bare text gets a BOS follows its model family unless `adds_bos` is given.
+    """
+    marks = [*SPECIAL, *MARKS.get(template, ())]
+    if kind == "word":
+        words = sorted({w for line in LINES for w in line.replace(",", " ,").replace(".", " .").replace("?", " ?").split()})
+        backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*marks, *words])}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+    elif kind == "bytes":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=marks, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(LINES, trainer)
+    elif kind == "pieces":
+        backend = Tokenizer(models.Unigram())
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=marks, unk_token="<unk>", show_progress=False)
+        backend.train_from_iterator(LINES, trainer)
+    else:
+        raise ValueError(kind)
+    backend.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks])
+    if template in ADDS_BOS if adds_bos is None else adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATES.get(template), clean_up_tokenization_spaces=False,
+                                   **{k: v for k, v in special.items() if v is not None})
+
+
+def data_config(**settings: Any) -> DataConfig:
+    return DataConfig(**{"name": "toy", "source": "files", **settings})
+
+
+def tokeniser(
+    kind: str = "bytes", template: str | None = None, context: int = 512, chat_template: str | None = None, **data: Any
+) -> Tokeniser:
+    return Tokeniser(tokenizer(kind, template), data_config(**data), context, chat_template)
+
+
+def example(**row: Any) -> Example:
+    return parse_row(row, COLUMNS, "toy row 1")
+
+
+def pair(prompt: Any = "How are you?", chosen: Any = "I am well.", rejected: Any = "Two and two make four.", **more: Any) -> Example:
+    return example(prompt=prompt, chosen=chosen, rejected=rejected, **more)
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """user, assistant, user, ... messages."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def save_model(
+    folder: Path, family: str = "llama", template: str | None = "chatml", kind: str = "bytes", seed: int = 0, **config: Any
+) -> Path:
+    """A random model of `family` llama, qwen2 or gpt2 and its tokenizer, as save_pretrained writes them."""
+    words = tokenizer(kind, template, **config.pop("special", {}))
+    shape = {"vocab_size": len(words), **{f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}}
+    wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 256, "initializer_range": 0.3}
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shape, **wide, **config))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, **wide, **config))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**shape, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, **config))
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return Path(folder)
+
+
+def model_config(folder: Path | str, lora: dict[str, Any] | None = None, **settings: Any) -> ModelConfig:
+    return ModelConfig(name="toy", path=str(folder), lora=LoraConfig(**(lora or {})), **settings)
+
+
+def policy(folder: Path | str, lora: dict[str, Any] | None = None, data: dict[str, Any] | None = None, seed: int = 0,
+           **settings: Any) -> CausalLM:
+    return CausalLM(model_config(folder, lora, **settings), data_config(**(data or {})), TrustConfig(), torch.device("cpu"), "fp32", seed)
+
+
+def rows(policy: Any, *examples: Example) -> list[Row]:
+    return [Row(policy.tokenise(e), e.kind, e.label, e.weight, e.margin) for e in examples]
+
+
+def micro(policy: Any, *examples: Example, view: str = "pairs") -> MicroBatch:
+    made = rows(policy, *examples)
+    return build(made, range(len(made)), view, policy.pad)
+
+
+def oracle(policy: CausalLM, ids: list[int], trained: list[bool]) -> list[float]:
+    """Log-probs of the trained tokens of one sequence, alone and unpadded: softmax in float64, summed by `math.fsum`."""
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
+    out = []
+    for t, wanted in enumerate(trained):
+        if wanted:
+            row = logits[t - 1].tolist()
+            top = max(row)
+            out.append(row[ids[t]] - top - math.log(math.fsum(math.exp(z - top) for z in row)))
+    return out

@@ -1,0 +1,358 @@
+"""The catalogue reads source and YAML as text; here it is compared with the imported classes and with OmegaConf."""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import math
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar, get_origin
+
+import pytest
+from omegaconf import OmegaConf
+
+import prefopt.objectives
+from prefopt.config import catalogue
+from prefopt.errors import UserError
+from prefopt.objectives.base import Objective
+
+ROOT = Path(__file__).resolve().parents[2]
+ITEMS = [(group, name) for group, names in catalogue.groups().items() for name in names]
+
+
+def _objectives() -> list[type]:
+    found = pkgutil.iter_modules(prefopt.objectives.__path__, "prefopt.objectives.")
+    modules = [importlib.import_module(module.name) for module in found]
+    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    return sorted((c for c in classes if issubclass(c, Objective) and c is not Objective), key=lambda c: c.__name__)
+
+
+def _same(info: catalogue.ObjectiveInfo, cls: type) -> None:
+    assert info.name == cls.__name__
+    assert info.doc == inspect.cleandoc(cls.__doc__)
+    seen = {}
+    for f in dataclasses.fields(cls):
+        has_factory = f.default_factory is not dataclasses.MISSING
+        default = f.default_factory() if has_factory else f.default
+        seen[f.name] = (f.type, "???" if default is dataclasses.MISSING else default)
+    assert {name: (f.type, f.default) for name, f in info.fields.items()} == seen
+    assert list(info.fields) == list(seen)
+    names = {n for c in cls.__mro__ for n, kind in vars(c).get("__annotations__", {}).items() if _is_class_var(kind)}
+    assert {name: getattr(cls, name) for name in names} == info.class_vars
+    for name in names:
+        assert getattr(info, name) == getattr(cls, name)
+
+
+def _is_class_var(kind: object) -> bool:
+    return kind is ClassVar or get_origin(kind) is ClassVar or str(kind).startswith("ClassVar")
+
+
+@pytest.mark.parametrize("cls", _objectives(), ids=lambda c: c.__name__)
+def test_source_view_equals_class(cls):
+    _same(catalogue.objective_info(f"{cls.__module__}.{cls.__name__}"), cls)
+
+
+def test_every_objective_has_settings_and_every_setting_an_objective():
+    infos = [catalogue.algo_info(slug) for slug in catalogue.groups()["algo"]]
+    assert {info.target for info in infos} == {f"{c.__module__}.{c.__name__}" for c in _objectives()}
+    for info in infos:
+        assert list(catalogue.algo_settings(info.slug)) == list(info.fields), info.slug
+        assert catalogue.objective_info(info.target).slug in catalogue.groups()["algo"]
+
+
+FAMILY = '''
+"""A user's package."""
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from prefopt.objectives.base import Objective, Terms
+from prefopt.objectives.pairwise import DPO
+
+SCALE = 0.5
+LOSS = "-log(sigmoid({}))"
+
+
+class Mixin:
+    paper: ClassVar = "0000.00000"
+
+
+@dataclass
+class Middle(Mixin, DPO):
+    """Middle."""
+
+    beta: float = SCALE / 2
+    floor: float = -math.inf
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    names: list[str] = field(default_factory=list)
+    cache: dict = field(init=False, default_factory=dict)
+
+    columns = (*DPO.columns, "extra")
+    formula: ClassVar[dict[str, str]] = {**DPO.formula, "more": f"{SCALE} * h"}
+    kernel: ClassVar = torch.ones(3)
+'''
+CHILD = '''
+from dataclasses import dataclass
+
+from . import family
+from .family import Middle as Parent, SCALE
+from prefopt.objectives.unary import KTO
+
+
+@dataclass
+class Child(family.Middle):
+    """Child."""
+
+    extra: float = SCALE
+    beta: float = 3.0
+
+    min_batch = 4
+
+
+class Plain(Parent):
+    """Not a dataclass of its own."""
+
+    other: float = 1.0
+
+
+@dataclass
+class KTO(KTO):
+    """Shadows what it is built on."""
+
+    beta: float = 0.7
+
+
+class Stranger:
+    """No objective."""
+
+
+@dataclass
+class Computed(Parent):
+    """Has a hyper-parameter that only running code could tell."""
+
+    beta: float = len("abc")
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    folder = tmp_path / "family_pkg"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from .child import Child\nraise RuntimeError('must not be imported')\n")
+    (folder / "family.py").write_text(FAMILY)
+    (folder / "child.py").write_text(CHILD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield folder
+    for name in [n for n in sys.modules if n.partition(".")[0] == "family_pkg"]:
+        del sys.modules[name]
+
+
+def test_user_package_needs_trust(package):
+    with pytest.raises(UserError, match=r"family_pkg\.child\.Child is outside prefopt.*trust\.packages=\[family_pkg\]"):
+        catalogue.objective_info("family_pkg.child.Child")
+    with pytest.raises(UserError, match="outside prefopt"):
+        catalogue.objective_info("family_pkg.child.Child", ["family"])
+    assert catalogue.objective_info("family_pkg.child.Child", ["family_pkg"]).slug is None
+    assert "family_pkg" not in sys.modules
+
+
+def test_inheritance_across_modules(package):
+    read = {n: catalogue.objective_info(f"family_pkg.child.{n}", ["family_pkg"]) for n in ("Child", "Plain", "KTO")}
+    assert catalogue.objective_info("family_pkg.Child", ["family_pkg"]).fields == read["Child"].fields
+    (package / "__init__.py").write_text("")
+    module = importlib.import_module("family_pkg.child")
+    for name, info in read.items():
+        cls = getattr(module, name)
+        assert info.doc == inspect.cleandoc(cls.__doc__)
+        expected = {
+            f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(cls)
+            if f.init
+        }
+        assert {key: value.default for key, value in info.fields.items()} == expected
+        assert list(info.fields) == list(expected)
+        for key in ("view", "columns", "formula", "paper", "min_batch", "require", "coupling", "golden"):
+            assert getattr(info, key) == getattr(cls, key), key
+    assert read["Child"].fields["floor"].default == -math.inf
+    assert read["Child"].columns == ("weight", "label", "margin", "extra")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("prefopt.objectives.pairwise.DP0", r"has no class DP0; did you mean 'DPO'\?"),
+        ("prefopt.objectives.pairwize.DPO", r"no module prefopt\.objectives\.pairwize; did you mean 'pairwise'\?"),
+        ("prefopt.objective.pairwise.DPO", r"no module prefopt\.objective\.pairwise"),
+        ("DPO", "package.module.Class"),
+        ("prefopt.objectives.pairwise.DPO()", "package.module.Class"),
+        ("os.system", r"os\.system is outside prefopt"),
+        ("prefoptx.a.B", "outside prefopt"),
+        ("prefopt.objectives.base.Batch", "not an objective"),
+        ("prefopt.errors.nearest", "has no class|not an objective"),
+        ("family_pkg.child.Stranger", "not an objective"),
+        ("family_pkg.child.Computed", r"child\.py, line \d+: Computed\.beta must be a plain value"),
+        ("no_such_package.a.B", "there is no package no_such_package here"),
+    ],
+)
+def test_bad_targets(package, target, message):
+    with pytest.raises(UserError, match=message):
+        catalogue.objective_info(target, ["family_pkg", "no_such_package"])
+
+
+def test_syntax_error_names_file_and_line(package):
+    (package / "family.py").write_text("class X(:\n")
+    with pytest.raises(UserError, match=r"family\.py, line 1"):
+        catalogue.objective_info("family_pkg.family.X", ["family_pkg"])
+
+
+@pytest.mark.parametrize(("group", "name"), ITEMS, ids=["/".join(item) for item in ITEMS])
+def test_yaml_text_equals_omegaconf(group, name):
+    path = catalogue.conf_dir() / group / f"{name}.yaml"
+    loaded = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    assert catalogue.load_yaml(group, name) == loaded
+    for key, line in catalogue.key_lines(path).items():
+        assert "#" not in line.value
+        node = loaded
+        for part in key.split("."):
+            node = node[part]
+        if line.value and key != "defaults":
+            assert OmegaConf.to_container(OmegaConf.create(f"x: {line.value}"))["x"] == node
+
+
+def test_key_lines(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "# header\na: 'x # y'  # first\n# above\nb:\n  c: it's  # quote's\n  d: [1, '#']\n"
+        "e: 5e-7 # last\nf:\n  - 1\n  - 2\n"
+    )
+    assert {key: (line.value, line.comment) for key, line in catalogue.key_lines(file).items()} == {
+        "a": ("'x # y'", "first"),
+        "b": ("", "above"),
+        "b.c": ("it's", "quote's"),
+        "b.d": ("[1, '#']", ""),
+        "e": ("5e-7", "last"),
+        "f": ("[1, 2]", ""),
+    }
+
+
+def test_inherited_keys():
+    keys = catalogue.resolved_keys("model", "llama3-8b-instruct-lora")
+    assert "defaults" not in keys
+    assert keys["name"].value == "llama3-8b-instruct-lora"
+    assert keys["path"].value == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert keys["lora.enabled"].value == "true"
+    assert keys["lora.r"] == catalogue.key_lines(catalogue.conf_dir() / "model" / "llama3-8b.yaml")["lora.r"]
+
+
+@pytest.mark.parametrize(("group", "name"), ITEMS, ids=["/".join(item) for item in ITEMS])
+def test_show(group, name):
+    text = catalogue.show_text(f"{group}={name}")
+    lines = text.splitlines()
+    assert f"prefopt train algo={name}" in text or f"{group}={name}" in text.partition("Use\n")[2]
+    assert all(len(line) <= catalogue.WIDTH for line in lines if " " in line.strip())
+    if group == "algo":
+        info = catalogue.algo_info(name)
+        assert lines[0].startswith(f"{name}: ")
+        assert not info.paper or f"https://arxiv.org/abs/{info.paper}" in text
+        assert all(f"  {term} = " in text for term in info.formula)
+        assert all(f"algo.{key}: " in text for key in info.fields)
+        assert ("reference: " in text) == info.needs_reference
+    else:
+        header = " ".join(catalogue.header(group, name))
+        assert header and header in " ".join(text.split())
+        for key, line in catalogue.resolved_keys(group, name).items():
+            assert not line.value or f"{key}: {line.value}" in text
+            assert " ".join(line.comment.split()) in " ".join(text.replace("# ", "").split())
+
+
+def test_show_finds_all_groups_and_suggests():
+    text = catalogue.show_text("bandit")
+    assert "model=bandit\n" in text and "data=bandit\n" in text
+    assert catalogue.find("bandit") == [("model", "bandit"), ("data", "bandit")]
+    assert catalogue.find("data/bandit") == [("data", "bandit")]
+    assert catalogue.find("DPO") == [("algo", "dpo")]
+    with pytest.raises(UserError, match="named simpa; did you mean 'simpo'?"):
+        catalogue.show_text("simpa")
+    with pytest.raises(UserError, match="algo=Simp does not exist; did you mean 'simpo'?"):
+        catalogue.algo_info("Simp")
+
+
+@pytest.mark.parametrize("group", [None, *catalogue.GROUPS])
+def test_list(group):
+    lines = catalogue.list_text(group).splitlines()
+    for name in catalogue.groups()[group] if group else [name for _, name in ITEMS]:
+        assert any(line.split()[:1] == [name] for line in lines), name
+    assert max(map(len, lines)) <= catalogue.WIDTH
+
+
+def _slugs(text: str) -> set[str]:
+    return {line.split()[0] for line in text.splitlines()[1:] if line[0] != " "}
+
+
+def test_list_filters():
+    infos = {slug: catalogue.algo_info(slug) for slug in catalogue.groups()["algo"]}
+    for view in {info.view for info in infos.values()}:
+        shown = _slugs(catalogue.list_command(["algo", "--view", view]))
+        assert shown == {slug for slug, info in infos.items() if info.view == view}
+    for word, test in catalogue.NEEDS.items():
+        wanted = {slug for slug, info in infos.items() if test(info)}
+        assert _slugs(catalogue.list_command([f"--needs={word}"])) == wanted
+        assert _slugs(catalogue.list_command(["--needs", f"no-{word}", "algo"])) == set(infos) - wanted
+    assert catalogue.list_command(["algo", "--view", "demonstrations", "--needs", "reference"]) == "no method fits"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["algos"], "no group algos; did you mean 'algo'?"),
+        (["model", "--view", "pairs"], "not model"),
+        (["--view", "pair"], "did you mean 'pairs'?"),
+        (["--needs", "referense"], "did you mean 'reference'?"),
+        (["--neds", "reference"], "no option --neds; did you mean '--needs'?"),
+        (["--view"], "--view needs a value"),
+        (["algo", "model"], "one group"),
+    ],
+)
+def test_bad_list_words(argv, message):
+    with pytest.raises(UserError) as caught:
+        catalogue.list_command(argv)
+    assert message in str(caught.value)
+
+
+def _make_docs():
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_docs_are_up_to_date(capsys):
+    assert _make_docs().main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_docs_check_sees_a_stale_file(tmp_path, monkeypatch):
+    module = _make_docs()
+    monkeypatch.setattr(module, "DOCS", tmp_path / "docs" / "algorithms.md")
+    assert module.main(["--check"]) == 1 and not module.DOCS.exists()
+    assert module.main([]) == 0 and module.main(["--check"]) == 0
+    module.DOCS.write_text(module.DOCS.read_text() + "x")
+    assert module.main(["--check"]) == 1
+    text = module.page()
+    assert all(f"\n## {slug}\n" in text for slug in catalogue.groups()["algo"])
+    assert module.loss_at_start(catalogue.algo_info("dpo"), {}) == pytest.approx(math.log(2))
+    assert module.loss_at_start(catalogue.algo_info("ipo"), {"tau": 0.5}) == pytest.approx(1.0)
+    assert module.loss_at_start(catalogue.algo_info("sft"), {}) is None
+
+
+def test_imports_nothing_heavy():
+    """A subprocess, because this one has torch loaded already."""
+    code = (
+        "import sys, prefopt.config.catalogue as c, prefopt.config.doctor as d; c.list_text(); c.list_text('algo'); "
+        "c.show_text('dpo'); d.doctor_text(); "
+        "assert not {'torch', 'hydra', 'omegaconf', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,191 @@
+"""One optimiser step: what it computes never depends on how it is split."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tests.toy_runs import fresh_accelerator, gradients
+from torch import nn
+
+from prefopt.config.catalogue import groups
+from prefopt.config.schema import OptimConfig
+from prefopt.data.batch import Row
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.objectives.pairwise import DPO
+from prefopt.objectives.unary import KTO, SFT
+from prefopt.training.engine import Engine, learning_rate
+from prefopt.training.setup import make_objective
+from prefopt.training.source import OfflineSource
+
+VOCABULARY = 13
+
+
+class TinyPolicy(nn.Module):
+    """A bigram model with context averaging: enough to have every edge's score depend on shared weights."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embed = nn.Parameter(torch.randn(VOCABULARY, 6, generator=generator, dtype=dtype))
+        self.head = nn.Parameter(torch.randn(6, VOCABULARY, generator=generator, dtype=dtype))
+        self.pad = 0
+
+    def forward(self, micro):
+        hidden = self.embed[micro.input_ids] * micro.attention[..., None]
+        hidden = hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[None, :, None]
+        logp = (hidden.tanh() @ self.head).log_softmax(-1)[:, :-1]
+        targets = logp.gather(-1, micro.input_ids[:, 1:, None]).squeeze(-1)
+        return targets[micro.trained[:, 1:]]
+
+    def trainable(self):
+        return dict(self.named_parameters())
+
+
+def make_rows(count: int, seed: int = 0) -> list[Row]:
+    rng = random.Random(seed)
+
+    def ids(n):
+        return [rng.randrange(VOCABULARY) for _ in range(n)]
+
+    def branch():
+        n = rng.randint(1, 7)
+        return Branch(ids(n), [rng.random() < 0.8 for _ in range(n - 1)] + [True], True)
+
+    return [
+        Row(Tokens(ids(rng.randint(1, 5)), [branch(), branch()]), "pair", label=rng.choice([1.0, 0.7]), weight=rng.choice([1.0, 0.5]),
+            mismatched=[branch(), branch()])
+        for _ in range(count)
+    ]
+
+
+def engine_of(objective, accelerator, seed: int = 0) -> Engine:
+    reference = TinyPolicy(seed + 1).requires_grad_(False)
+    return Engine(TinyPolicy(seed), objective, lambda m: reference(m), OptimConfig(lr=1e-2, max_grad_norm=1e9), accelerator)
+
+
+def rows_for(objective, count: int) -> list[Row]:
+    rows = make_rows(count)
+    if not objective.mismatched:
+        for row in rows:
+            row.mismatched = None
+    return rows
+
+
+def source_of(objective, rows, budget, world=1, rank=0, batch=8) -> OfflineSource:
+    return OfflineSource(rows, objective.view, batch, budget, 0, "label" in objective.columns, 0, rank, world)
+
+
+def objective_named(slug: str):
+    from prefopt.config.catalogue import load_yaml
+
+    return make_objective({**load_yaml("algo", slug)})
+
+
+@pytest.mark.parametrize("slug", groups()["algo"])
+def test_gradient_is_the_same_for_1x8_and_8x1(slug):
+    objective = objective_named(slug)
+    rows = rows_for(objective, 8)
+    found = []
+    for budget in (10**6, 1):
+        with fresh_accelerator() as accelerator:
+            micros = source_of(objective, rows, budget).step(0)
+            assert len(micros) == (1 if budget > 1 else 8)
+            found.append(gradients(engine_of(objective, accelerator), micros))
+    (whole, loss), (split, loss_split) = found
+    assert loss == pytest.approx(loss_split, rel=1e-10)
+    for name in whole:
+        torch.testing.assert_close(whole[name], split[name], rtol=1e-9, atol=1e-12)
+        assert whole[name].abs().max() > 0
+
+
+@pytest.mark.parametrize("slug", groups()["algo"])
+def test_step_gradient_equals_autograd_of_the_whole_loss(slug):
+    """The engine (two-pass replay included) against one plain backward over everything at once."""
+    from prefopt.objectives.base import reduce_terms, total_weights
+
+    objective = objective_named(slug)
+    rows = rows_for(objective, 8)
+    with fresh_accelerator() as accelerator:
+        engine = engine_of(objective, accelerator)
+        micro = source_of(objective, rows, 10**6).step(0)[0]
+        batch = engine.score(micro)
+        loss, _ = reduce_terms(batch, objective(batch), total_weights(objective, batch))
+        expected = torch.autograd.grad(loss, list(engine.policy.trainable().values()))
+        got, _ = gradients(engine, source_of(objective, rows, 40).step(0))
+    for grad, want in zip(got.values(), expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-12)
+
+
+def test_filler_changes_nothing():
+    objective = DPO()
+    rows = rows_for(objective, 3)
+    source = source_of(objective, rows, 10**6, batch=3)
+    with fresh_accelerator() as accelerator:
+        plain, _ = gradients(engine_of(objective, accelerator), source.step(0))
+    with fresh_accelerator() as accelerator:
+        from prefopt.data.batch import build
+
+        filled, _ = gradients(engine_of(objective, accelerator), [*source.step(0), build(rows, [], "pairs", 0)])
+    for name in plain:
+        torch.testing.assert_close(plain[name], filled[name], rtol=1e-12, atol=0)
+
+
+def test_trap_17_metrics_are_means_over_units_and_ties_count_half():
+    rows = rows_for(DPO(), 5)
+    for row in rows:
+        row.label = row.weight = 1.0
+    with fresh_accelerator() as accelerator:
+        whole = engine_of(DPO(), accelerator).step(source_of(DPO(), rows, 10**6, batch=5).step(0), 0.0)
+    with fresh_accelerator() as accelerator:
+        split = engine_of(DPO(), accelerator).step(source_of(DPO(), rows, 30, batch=5).step(0), 0.0)
+    assert split.metrics == pytest.approx(whole.metrics)
+    with fresh_accelerator() as accelerator:
+        engine = engine_of(DPO(), accelerator)
+        engine.reference = lambda m: engine.policy(m).detach()
+        tied = engine.step(source_of(DPO(), rows, 10**6, batch=5).step(0), 0.0)
+    assert tied.metrics["accuracy"] == 0.5 and tied.metrics["reward/margin"] == 0.0
+
+
+def test_kto_mismatched_edges_carry_no_gradient():
+    objective = KTO()
+    rows = rows_for(objective, 4)
+    with fresh_accelerator() as accelerator:
+        engine = engine_of(objective, accelerator)
+        calls = []
+        forward = engine.policy.forward
+        engine.policy.forward = lambda m: (calls.append((len(m.input_ids), torch.is_grad_enabled())), forward(m))[1]
+        engine.step(source_of(objective, rows, 10**6, batch=4).step(0), 0.0)
+    assert calls == [(16, False), (8, True)]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_the_weights_alone():
+    with fresh_accelerator() as accelerator:
+        engine = engine_of(DPO(), accelerator)
+        before = {n: p.detach().clone() for n, p in engine.policy.trainable().items()}
+        engine.reference = lambda m: torch.full((int(m.trained[:, 1:].sum()),), float("nan"), dtype=torch.float64)
+        result = engine.step(source_of(DPO(), rows_for(DPO(), 4), 10**6, batch=4).step(0), 1e-2)
+    assert result.skipped
+    for name, parameter in engine.policy.trainable().items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_clipping_uses_the_global_norm():
+    with fresh_accelerator() as accelerator:
+        engine = engine_of(SFT(), accelerator)
+        engine.cfg = OptimConfig(max_grad_norm=1e-3)
+        seen, _ = gradients(engine, source_of(SFT(), rows_for(SFT(), 8), 40).step(0))
+    assert torch.cat([g.flatten() for g in seen.values()]).norm() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_learning_rate_schedules():
+    cosine = OptimConfig(lr=1.0, schedule="cosine", warmup=0.1)
+    assert [learning_rate(s, 20, cosine) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert learning_rate(11, 20, cosine) == pytest.approx(0.5)
+    assert learning_rate(19, 20, cosine) < 0.02
+    linear = OptimConfig(lr=1.0, schedule="linear", warmup=0.0)
+    assert learning_rate(5, 10, linear) == pytest.approx(0.5)
+    constant = OptimConfig(lr=0.3, schedule="constant", warmup=0.0)
+    assert learning_rate(9, 10, constant) == 0.3

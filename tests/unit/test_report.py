@@ -1,0 +1,555 @@
+"""The run report: what it says, what it escapes, and that nothing missing or broken stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import yaml
+
+from prefopt.errors import UserError
+from prefopt.report.plots import Series, chart, compact, duration, number, smooth, thin, ticks, tidy
+from prefopt.report.run_report import (
+    DISPLACEMENT_NATS,
+    FIRST_SAMPLES,
+    LENGTH_GROWTH,
+    UNFINISHED_DROP,
+    alarms,
+    difference_interval,
+    sample_cards,
+    verdict,
+    write_report,
+)
+
+WORDS = "the small red fox sleeps under a quiet bridge while two grey herons walk slowly home".split()
+
+
+# ---- a realistic run directory -------------------------------------------------------------------
+
+
+def train_row(step: int, steps: int, rng: random.Random) -> dict:
+    x = step / steps
+    margin = 2.6 * (1 - math.exp(-3 * x)) + rng.gauss(0, 0.25)
+    return {
+        "step": step, "seconds": 2 + 0.41 * step, "split": "train", "loss": math.log1p(math.exp(-margin)),
+        "reward/chosen": margin / 2, "reward/rejected": -margin / 2, "reward/margin": margin,
+        "accuracy": min(1.0, 0.5 + 0.42 * (1 - math.exp(-4 * x)) + rng.gauss(0, 0.06)),
+        "logp/chosen": -21 + 2 * x + rng.gauss(0, 1.5), "logp/rejected": -23 - 9 * x + rng.gauss(0, 1.5),
+        "grad_norm": 4.2 * math.exp(rng.gauss(0, 0.4) - x) * (12 if step == 31 else 1),
+        "lr": 5e-5 * min(1.0, step / (0.1 * steps)) * (0.5 + 0.5 * math.cos(math.pi * x)),
+        "tokens_per_second": 1500 + rng.gauss(0, 60), "tokens": 617 * step, "skipped_steps": 0,
+    }  # fmt: skip
+
+
+def sample_rows(step: int, x: float, count: int, rng: random.Random) -> list[dict]:
+    rows = []
+    for i in range(count):
+        words = [WORDS[(i + j) % len(WORDS)] for j in range(14 + i % 5 + int(3 * x))]
+        reward = round(0.4 + 1.4 * x + rng.gauss(0, 0.7), 3)
+        prompt = f"Write a line about the {WORDS[i % len(WORDS)]}."
+        rows.append({
+            "step": step, "id": i, "prompt": prompt, "completion": " ".join(words), "reward": reward,
+            "tokens": len(words) + 1, "finished": i % 23 != 0,
+        })  # fmt: skip
+    return rows
+
+
+def eval_row(step: int, steps: int, samples: list[dict]) -> dict:
+    x = step / steps
+    rewards = [row["reward"] for row in samples]
+    half = 1.96 * stdev(rewards) / math.sqrt(len(rewards))
+    gained = 1 - math.exp(-3 * x)
+    return {
+        "step": step, "seconds": 2 + 0.41 * step, "split": "eval", "loss": 0.693 - 0.42 * gained,
+        "accuracy": 0.5 + 0.36 * gained, "reward/margin": 2.1 * gained,
+        "logp/chosen": -21.4 + 0.6 * x, "logp/rejected": -23.1 - 6 * x,
+        "true_reward": mean(rewards), "true_reward_low": mean(rewards) - half, "true_reward_high": mean(rewards) + half,
+        "win_rate": 0.5 + 0.3 * gained, "win_rate_low": 0.5 + 0.3 * gained - 0.09,
+        "win_rate_high": 0.5 + 0.3 * gained + 0.09, "kl": 3.2 * x, "kl_low": 2.8 * x, "kl_high": 3.6 * x,
+        "length": mean(row["tokens"] for row in samples), "finished": mean(row["finished"] for row in samples),
+    }  # fmt: skip
+
+
+def make_run(folder: Path, steps: int = 200, prompts: int = 64, seed: int = 0) -> Path:
+    """A run directory as a finished DPO run on a small model leaves it."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, samples = [], []
+    for step in range(steps + 1):
+        if step:
+            rows.append(train_row(step, steps, rng))
+        if step % max(1, steps // 8) == 0:
+            written = sample_rows(step, step / steps, prompts, rng)
+            samples += written
+            rows.append(eval_row(step, steps, written))
+    config = {
+        "algo": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}, "model": {"name": "tiny-lm"},
+        "data": {"name": "tiny_feedback"}, "seed": 3, "optim": {"lr": 5e-5, "schedule": "cosine"},
+        "train": {"batch_size": 16, "steps": steps},
+    }  # fmt: skip
+    manifest = {
+        "command": ["prefopt", "train", "algo=dpo", "model=tiny-lm", "seed=3"],
+        "started": "2026-01-15T10:21:07+00:00", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "platform": "Linux x86_64", "device": "cpu", "threads": 2,
+        "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
+        "data": {"train": 2000, "eval": 256, "hash": "sha256:4f1c"},
+    }  # fmt: skip
+    status = {"state": "finished", "step": steps, "total_steps": steps, "seconds": 84.2, "message": ""}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "status.json").write_text(json.dumps(status))
+    write_lines(folder / "metrics.jsonl", rows)
+    write_lines(folder / "samples.jsonl", samples)
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def page(folder: Path) -> str:
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes, and the visible text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.stack: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br", "path", "polyline", "polygon"):
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        if not self.stack or self.stack[-1] not in ("style", "title"):
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run")
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_a_full_run_shows_every_part(run):
+    html = page(run)
+    seen = Tags(html)
+    assert not seen.stack, "every tag is closed"
+    assert html.lstrip().lower().startswith("<!doctype html>")
+    for words in (
+        "dpo on tiny-lm with tiny_feedback", "finished", "True reward rose from", "Figure 1. True reward.",
+        "Figure 10.", "Log-probability of the replies", "Reward against KL", "Gradient norm", "Learning rate",
+        "Largest gain", "Largest loss", "No alarm.", "Resolved config", "Manifest",
+        "prefopt train algo=dpo model=tiny-lm seed=3", "a tie counts one half", "in nats", "617 tokens"[3:],
+    ):  # fmt: skip
+        assert words in seen.text, words
+    assert "Not shown" not in seen.text and "Not checked" not in seen.text
+    assert len([tag for tag, _ in seen.tags if tag == "svg"]) == 10
+    assert "nan" not in re.sub(r"<[^>]*>", "", html).lower().split()
+
+
+def test_the_page_needs_nothing_from_outside(run):
+    html = page(run)
+    for tag, attributes in Tags(html).tags:
+        assert tag not in ("script", "link", "iframe", "img", "object", "embed", "base", "form"), tag
+        for name, value in attributes.items():
+            assert name not in ("src", "srcset", "action", "data", "xlink:href", "style", "poster"), (tag, name)
+            assert not name.startswith("on"), (tag, name)
+            if name == "href":
+                assert value.startswith("#"), value
+    assert "http://" not in html and "https://" not in html
+    assert "url(" not in html and "@import" not in html
+    assert "default-src 'none'" in html, "the browser itself refuses to load anything"
+
+
+def test_fragments_point_at_something(run, tmp_path):
+    folder = with_rows(run, tmp_path, lambda row: row | {"skipped_steps": 2})
+    tags = Tags(page(folder)).tags
+    ids = {attributes["id"] for _, attributes in tags if "id" in attributes}
+    links = {attributes["href"][1:] for _, attributes in tags if "href" in attributes}
+    assert links == {"alarms"} <= ids
+
+
+def test_everything_models_and_data_say_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>\"'&</pre></details><img src=x onerror=alert(1)>"
+    folder = make_run(tmp_path / "run", steps=8, prompts=8)
+    samples = read_lines(folder / "samples.jsonl")
+    write_lines(folder / "samples.jsonl", [s | {"prompt": evil, "completion": evil * 20, "id": evil + str(s["id"])} for s in samples])
+    rows = read_lines(folder / "metrics.jsonl")
+    for row in rows:
+        row |= {f"loss/{evil}": row["loss"], "loss/other": 0.1}
+    write_lines(folder / "metrics.jsonl", rows)
+    config = {"algo": {"name": evil, evil: 0.1}, "model": {"name": evil}, "data": {"name": evil}, "seed": evil}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "manifest.json").write_text(json.dumps({"command": ["prefopt", evil], "started": evil, evil: [evil]}))
+    (folder / "status.json").write_text(json.dumps({"state": "failed", "step": evil, "message": evil}))
+    html = page(folder)
+    seen = Tags(html)
+    assert not {"script", "img"} & {tag for tag, _ in seen.tags}
+    assert "<script" not in html and "&lt;script&gt;" in html
+    assert html.count("<title>") - 1 == sum("circle" == tag for tag, _ in seen.tags)
+
+
+def test_odd_text_survives(tmp_path):
+    folder = make_run(tmp_path / "run", steps=8, prompts=6)
+    samples = read_lines(folder / "samples.jsonl")
+    texts = ["", "   ", "half a pair \ud83d", "x" * 5000, "مرحبا", None]
+    write_lines(folder / "samples.jsonl", [s | {"completion": texts[s["id"]]} for s in samples])
+    html = page(folder)
+    assert "(empty reply)" in html and "مرحبا" in html and "the whole text (5000 characters)" in html
+
+
+def test_secrets_do_not_reach_the_page(tmp_path):
+    folder = make_run(tmp_path / "run", steps=8, prompts=6)
+    token = "hf_" + "aB3" * 12
+    (folder / "manifest.json").write_text(json.dumps({"command": f"prefopt train hub_token={token}", "note": token}))
+    assert token not in page(folder)
+
+
+# ---- what is missing or broken -------------------------------------------------------------------
+
+
+def with_rows(run: Path, tmp_path: Path, edit) -> Path:
+    """A copy of the run whose metric rows went through `edit`; None drops a row."""
+    folder = tmp_path / "edited"
+    folder.mkdir(exist_ok=True)
+    for path in run.iterdir():
+        if path.suffix in (".json", ".jsonl", ".yaml"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    rows = [new for row in read_lines(run / "metrics.jsonl") if (new := edit(dict(row))) is not None]
+    write_lines(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def test_an_empty_directory_gives_a_page(tmp_path):
+    text = Tags(page(tmp_path)).text
+    for name in ("config.yaml", "manifest.json", "status.json", "metrics.jsonl", "samples.jsonl"):
+        assert f"{name} is missing." in text
+    assert "No measurements yet." in text and "Nothing could be checked yet." in text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "status.json", "metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("content", [None, b"", b"[1, 2]\n", b"{\n: [\xff", b"null\n3\n\"x\"\n"])
+def test_each_file_may_be_missing_or_broken(tmp_path, name, content):
+    folder = make_run(tmp_path / "run", steps=8, prompts=6)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert not Tags(page(folder)).stack
+
+
+def test_a_broken_last_line_costs_only_itself(run, tmp_path):
+    folder = with_rows(run, tmp_path, lambda row: row)
+    before = page(folder)
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 201, "split": "tra')
+    after = page(folder)
+    assert "metrics.jsonl: 1 line could not be read" in after
+    assert after.count("<svg") == before.count("<svg")
+
+
+def test_a_run_without_pairs_says_why_panels_are_missing(run, tmp_path):
+    pairs = ("accuracy", "reward/margin", "logp/chosen", "logp/rejected", "reward/chosen", "reward/rejected")
+    folder = with_rows(run, tmp_path, lambda row: {k: v for k, v in row.items() if k not in pairs})
+    text = Tags(page(folder)).text
+    for title in ("Reward margin", "Accuracy", "Log-probability of the replies"):
+        assert f"{title}: this objective reports no pairs." in text
+    assert "likelihood displacement (needs held-out log-probabilities at two evaluations)" in text
+
+
+def test_no_true_reward_falls_back_to_the_win_rate(run, tmp_path):
+    folder = with_rows(run, tmp_path, lambda row: {k: v for k, v in row.items() if "true_reward" not in k})
+    text = Tags(page(folder)).text
+    assert "The win rate against the initial policy rose from 50 % to 79 %" in text
+    assert "True reward: no true reward is known" in text and "Win rate against KL" in text
+
+
+def test_a_run_stopped_at_step_three(run, tmp_path):
+    folder = with_rows(run, tmp_path, lambda row: row if row["step"] <= 3 else None)
+    status = {"state": "stopped", "step": 3, "total_steps": 200, "seconds": 3.14, "message": "interrupted"}
+    (folder / "status.json").write_text(json.dumps(status))
+    samples = [row for row in read_lines(folder / "samples.jsonl") if row["step"] == 0]
+    write_lines(folder / "samples.jsonl", samples)
+    text = Tags(page(folder)).text
+    assert "Stopped early at step 3 of 200. True reward was" in text and "no evaluation to compare with" in text
+    assert "only step 0 was measured, and a curve needs two" in text
+    assert "Replies at step 0; there is no later evaluation" in text and "3.1 s" in text
+
+
+def test_nulls_and_nans_are_left_out_of_curves(run, tmp_path):
+    def spoil(row):
+        if row["step"] % 7 == 0:
+            row |= {"loss": None, "grad_norm": float("nan"), "kl": float("inf"), "tokens": "many", "lr": True}
+        return row
+
+    html = page(with_rows(run, tmp_path, spoil))
+    coordinates = " ".join(re.findall(r'(?:points|d|cx|cy|x|y)="([^"]*)"', html))
+    assert "nan" not in coordinates and "inf" not in coordinates
+    assert "The loss was not a number" in html
+
+
+def test_a_failed_run_says_so_first(run, tmp_path):
+    folder = with_rows(run, tmp_path, lambda row: row)
+    status = {"state": "failed", "step": 9, "total_steps": 200, "seconds": 5, "message": "six steps skipped in a row"}
+    (folder / "status.json").write_text(json.dumps(status))
+    text = Tags(page(folder)).text
+    assert "The run failed. six steps skipped in a row" in text and "Failed at step 9 of 200." in text
+
+
+def test_a_missing_directory_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_the_report_is_replaced_atomically(run, tmp_path, monkeypatch):
+    folder = with_rows(run, tmp_path, lambda row: row)
+    old = page(folder)
+    inode = (folder / "report.html").stat().st_ino
+    assert page(folder) == old, "the same contents give the same bytes"
+    assert (folder / "report.html").stat().st_ino != inode, "a new file took the name; the old one was not edited"
+
+    def full(self, data):
+        self.touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(folder)
+    assert (folder / "report.html").read_text(encoding="utf-8") == old
+    assert [path.name for path in folder.glob("*report*")] == ["report.html"], "no draft is left behind"
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+def two_evals(**pairs) -> list[dict]:
+    """Eval rows at steps 0 and 100 from key=(before, after); `__` in a name stands for `/`."""
+    rows: list[dict] = [{"step": 0, "split": "eval"}, {"step": 100, "split": "eval"}]
+    for key, values in pairs.items():
+        for row, value in zip(rows, values, strict=True):
+            row[key.replace("__", "/")] = value
+    return rows
+
+
+def test_the_verdict_has_the_numbers():
+    rows = two_evals(true_reward=(0.41, 1.83), kl=(0.0, 3.2), length=(18.0, 22.3))
+    rows.append({"step": 100, "split": "train", "tokens": 123_000, "loss": 0.3})
+    status = {"state": "finished", "seconds": 84.0}
+    assert verdict(rows, status) == (
+        "True reward rose from 0.41 to 1.83 at a KL of 3.2 nats; replies grew from 18.0 to 22.3 tokens; 84 s, 123k tokens."
+    )
+
+
+def test_the_interval_of_the_difference():
+    rows = two_evals(true_reward=(0.0, 1.0), true_reward_low=(-0.3, 0.6), true_reward_high=(0.3, 1.4))
+    low, high = difference_interval(tidy(rows, "eval"), "true_reward")
+    assert (low, high) == pytest.approx((0.5, 1.5))
+    assert "(95 % interval of the difference 0.50 to 1.50)" in verdict(rows, {})
+    gains = [0.8, 0.9, 1.0, 1.1, 1.2]
+    samples = [{"step": 0, "id": i, "reward": 3.0 * (i - 2)} for i in range(5)]
+    samples += [{"step": 100, "id": i, "reward": 3.0 * (i - 2) + gains[i]} for i in range(5)]
+    low, high = difference_interval(tidy(rows, "eval"), "true_reward", samples)
+    half = 2.776 * stdev(gains) / math.sqrt(5)  # Student's t, four degrees of freedom
+    assert (low, high) == pytest.approx((1 - half, 1 + half), rel=0.01)
+    other = [s | {"reward": 9.0} for s in samples]
+    assert difference_interval(tidy(rows, "eval"), "true_reward", other)[0] == pytest.approx(0.5)
+
+
+def test_the_verdict_does_not_call_noise_a_gain():
+    rows = two_evals(true_reward=(1.0, 1.1), true_reward_low=(0.8, 0.9), true_reward_high=(1.2, 1.3))
+    assert "stayed level within noise, from 1.00 to 1.10" in verdict(rows, {})
+    assert "fell from 0.80 to 0.50" in verdict(two_evals(true_reward=(0.8, 0.5)), {})
+
+
+def test_the_verdict_of_training_rows_only():
+    rows = [{"step": s, "split": "train", "loss": 1.0 / s, "seconds": 10.0 * s} for s in (1, 2, 4)]
+    assert verdict(rows, {"state": "running", "step": 4, "total_steps": 9}) == (
+        "Still running at step 4 of 9. Training loss went from 1.000 to 0.250; nothing was evaluated; 40 s."
+    )
+
+
+# ---- alarms --------------------------------------------------------------------------------------
+
+
+def names(rows: list[dict]) -> list[str]:
+    return [alarm.name for alarm in alarms(rows)]
+
+
+def train_rows(key: str, values) -> list[dict]:
+    return [{"step": i + 1, "split": "train", key: value} for i, value in enumerate(values)]
+
+
+FIRES = [
+    ("likelihood_displacement", two_evals(logp__chosen=(-20.0, -22.0), logp__rejected=(-22.0, -31.0))),
+    ("likelihood_displacement", two_evals(logp__chosen=(-300.0, -310.0), logp__rejected=(-300.0, -320.0))),
+    ("length_growth", two_evals(length=(20.0, 26.5))),
+    ("over_optimisation", two_evals(true_reward=(1.0, 0.5), reward__margin=(0.0, 2.0))),
+    ("over_optimisation", two_evals(true_reward=(1.0, 0.5), loss=(0.7, 0.2))),
+    (
+        "over_optimisation",
+        two_evals(
+            true_reward=(1.0, 0.5), true_reward_low=(0.8, 0.3), true_reward_high=(1.2, 0.7), reward__margin=(0.0, 2.0)
+        ),
+    ),
+    ("skipped_steps", train_rows("skipped_steps", [0, 0, 1])),
+    ("unfinished", two_evals(finished=(0.98, 0.70))),
+    ("non_finite_loss", train_rows("loss", [0.7, None, 0.6])),
+    ("non_finite_loss", train_rows("loss", [0.7, float("nan")])),
+]
+
+QUIET = [
+    [],
+    two_evals(logp__chosen=(-20.0, -19.0), logp__rejected=(-22.0, -31.0)),  # only rejected fell
+    two_evals(logp__chosen=(-20.0, -20.0 - 0.9 * DISPLACEMENT_NATS), logp__rejected=(-22.0, -31.0)),
+    two_evals(logp__chosen=(-300.0, -303.0), logp__rejected=(-300.0, -320.0)),  # three nats of three hundred
+    two_evals(logp__chosen=(-20.0, -25.0), logp__rejected=(-22.0, None)),
+    two_evals(length=(20.0, 20.0 * (1 + LENGTH_GROWTH) - 0.1)),
+    two_evals(length=(20.0, 8.0)),
+    two_evals(length=(0.0, 0.0)),
+    two_evals(true_reward=(1.0, 0.5), reward__margin=(2.0, 1.0)),  # the margin fell too: not over-optimisation
+    two_evals(true_reward=(1.0, 0.95), reward__margin=(0.0, 2.0)),
+    two_evals(true_reward=(1.0, 0.5)),
+    two_evals(
+        true_reward=(1.0, 0.8), true_reward_low=(0.8, 0.6), true_reward_high=(1.2, 1.0), reward__margin=(0.0, 2.0)
+    ),
+    two_evals(true_reward=(0.4, 1.9), reward__margin=(0.0, 2.0)),
+    train_rows("skipped_steps", [0, 0, 0]),
+    two_evals(finished=(0.98, 0.98 - UNFINISHED_DROP + 0.01)),
+    two_evals(finished=(0.2, 0.9)),
+    train_rows("loss", [0.7, 0.6]),
+    [{"step": 0, "split": "eval", "logp/chosen": -9.0, "logp/rejected": -9.0, "length": 3.0, "finished": 1.0}],
+]
+
+
+@pytest.mark.parametrize(("name", "rows"), FIRES)
+def test_an_alarm_fires(name, rows):
+    assert names(rows) == [name]
+    found = alarms(rows)[0]
+    assert found.explanation.count("\n") == 1, "one paragraph on what it means, one on what to do"
+
+
+@pytest.mark.parametrize("rows", QUIET)
+def test_no_alarm_without_cause(rows):
+    assert names(rows) == []
+
+
+def test_over_optimisation_is_measured_from_the_best_step():
+    rows = two_evals(true_reward=(0.2, 0.9), reward__margin=(0.0, 3.0))
+    rows.insert(1, {"step": 50, "split": "eval", "true_reward": 1.8, "reward/margin": 1.0})
+    assert names(rows) == ["over_optimisation"]
+    assert "1.80 at step 50" in alarms(rows)[0].explanation
+
+
+def test_alarms_are_pure_and_do_not_care_for_order():
+    rows = FIRES[0][1] + FIRES[6][1]
+    copy = json.loads(json.dumps(rows))
+    assert names(rows) == names(rows[::-1]) == ["likelihood_displacement", "skipped_steps"]
+    assert rows == copy
+
+
+def test_alarms_show_in_the_banner_and_the_section(run, tmp_path):
+    def displace(row):
+        if row["split"] == "eval":
+            row |= {"logp/chosen": -20 - row["step"] / 20, "logp/rejected": -22 - row["step"] / 10}
+        return row | ({"length": 18 + row["step"] / 20} if "length" in row else {})
+
+    text = Tags(page(with_rows(run, tmp_path, displace))).text
+    assert "2 alarms: Chosen replies became less likely; replies grew much longer" in text
+    assert "fell by 10.0 nats, that of rejected ones by 20.0. Any margin grew only because" in text
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+def test_samples_are_in_order_and_the_extremes_are_the_extremes(run):
+    rows = read_lines(run / "samples.jsonl")
+    cards = sample_cards(rows)
+    assert [card["id"] for card in cards["cards"]] == list(range(FIRST_SAMPLES))
+    gain = {i: -r for i, r in ((row["id"], row["reward"]) for row in rows if row["step"] == 0)}
+    for row in rows:
+        if row["step"] == 200:
+            gain[row["id"]] += row["reward"]
+    assert [(tag, card["id"]) for tag, card in cards["extremes"]] == [
+        ("Largest gain", max(gain, key=gain.get)),
+        ("Largest loss", min(gain, key=gain.get)),
+    ]
+
+
+def test_samples_without_rewards_have_no_extremes(run):
+    rows = [row | {"reward": None} for row in read_lines(run / "samples.jsonl")]
+    cards = sample_cards(rows)
+    assert len(cards["cards"]) == FIRST_SAMPLES and not cards["extremes"]
+
+
+# ---- numbers and curves --------------------------------------------------------------------------
+
+
+def test_numbers_as_text():
+    shown = [number(v) for v in (0.0, 1.834, -0.41, 12.34, 123.4, 123456, 0.0123, 5e-5, -0.0001)]
+    assert shown == ["0", "1.83", "−0.41", "12.3", "123", "123k", "0.012", "5e−5", "−1e−4"]
+    assert number(-0.001, 2) == "0.00"
+    assert [compact(v) for v in (999, 9999, 12345, 999_950, 4_200_000)] == ["999", "9999", "12.3k", "1M", "4.2M"]
+    assert [duration(s) for s in (3.14, 84, 725, 12000)] == ["3.1 s", "84 s", "12 min 5 s", "3 h 20 min"]
+
+
+def test_resumed_rows_replace_the_earlier_ones():
+    rows = [{"step": s, "split": "train", "loss": v} for s, v in ((1, 1.0), (2, 2.0), (3, 9.0), (2, 2.5), (3, 3.5))]
+    assert [row["loss"] for row in tidy(rows, "train")] == [1.0, 2.5, 3.5]
+
+
+def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
+    curve = [(float(i), float(i == 4321)) for i in range(10_000)]
+    thinned = thin(curve)
+    assert len(thinned) < 500 and (4321.0, 1.0) in thinned
+    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
+    line = [(float(i), 2.0 * i) for i in range(200)]
+    assert [y for _, y in smooth(line)[5:-5]] == pytest.approx([y for _, y in line[5:-5]])
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (-3, 7), (0, 5e-5), (1e-9, 2e-9), (0, 1e6), (41.2, 41.3)])
+def test_ticks_are_few_and_inside(ends):
+    found = ticks(*ends)
+    assert 2 <= len(found) <= 6
+    assert all(ends[0] - 1e-6 * abs(ends[1]) <= t <= ends[1] + 1e-6 * abs(ends[1]) for t in found)
+
+
+@pytest.mark.parametrize("values", [[5.0, 5.0], [0.0, 0.0], [1e-12, 3e7], [-1e29, 1e29], [1e-8, 1e-8], [7.0]])
+@pytest.mark.parametrize("log", [False, True])
+def test_any_numbers_can_be_drawn(values, log):
+    svg = chart([Series("a", list(enumerate(values, 1)))], title="t", unit="u", log=log)
+    assert not re.search(r"nan|inf", svg) and not Tags(svg).stack
+
+
+def test_curve_names_do_not_overlap():
+    series = [Series(name, [(0, 0), (1, 1 + i / 1000)]) for i, name in enumerate("abcd")]
+    svg = chart(series, title="t", unit="u")
+    places = sorted(float(y) for y in re.findall(r'class="name[^"]*" x="[^"]*" y="([^"]*)"', svg))
+    assert all(b - a > 13 for a, b in zip(places, places[1:], strict=False))
