@@ -10,7 +10,7 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigKeyError, ConfigTypeError, InterpolationKeyError, OmegaConfBaseException, ValidationError
 
 from prefopt.config.catalogue import groups
-from prefopt.config.objective_source import ObjectiveInfo, read_objective as objective_info
+from prefopt.config.objective_source import ObjectiveInfo, read_objective
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS
 from prefopt.errors import UserError, nearest
 
@@ -48,7 +48,7 @@ def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | N
     target = settings.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"algo{f'={algo_name}' if algo_name else ''} names no class; its YAML needs a line `_target_: package.module.Class`")
-    info = objective_info(target, packages)
+    info = read_objective(target, packages)
     for key, value in settings.items():
         if key in ("_target_", "name"):
             continue

@@ -61,7 +61,8 @@ class MicroBatch:
             return self
         trained, lengths = self.trained[keep], self.layout.lengths[keep]
         token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        return MicroBatch(self.input_ids[keep], self.attention[keep], trained, Batch(lengths, token_edge, {}), self.gradient[keep], self.rows)
+        layout = Batch(lengths, token_edge, {})
+        return MicroBatch(self.input_ids[keep], self.attention[keep], trained, layout, self.gradient[keep], self.rows)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         layout = Batch(

@@ -41,6 +41,8 @@ def run(command: str, overrides: list[str]) -> Any:
             remove_empty(Path(HydraConfig.get().runtime.output_dir))
             failed.append(error)
 
+    # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
+    overrides = [re.sub(r"^\+(experiment|sweep|debug)=", r"\1=", o) for o in overrides]
     sys.argv = [f"prefopt {command}", *overrides]
     try:
         hydra.main(version_base="1.3", config_path="pkg://prefopt.conf", config_name=command)(task)()

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
 from prefopt.config.schema import TrainConfig
-from prefopt.errors import RunFailed
 
 CONFIG_ENV, ARGV_ENV = "PREFOPT_CONFIG", "PREFOPT_ARGV"
 
 
 def worker_command(cfg: TrainConfig) -> list[str]:
     """The command that runs a claimed run in a process (group) of its own."""
-    module = ["-m", "prefopt.launch.worker"]
     if cfg.hardware.processes == 1:
-        return [sys.executable, *module]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cfg.hardware.processes}",
-            "--max-restarts=0", *module]
+        return [sys.executable, "-m", "prefopt.launch.worker"]
+    return [sys.executable, "-m", "prefopt.launch.elastic", str(cfg.hardware.processes)]
 
 
 def worker_environment(cfg: TrainConfig, argv: list[str]) -> dict[str, str]:
@@ -34,19 +33,35 @@ def worker_environment(cfg: TrainConfig, argv: list[str]) -> dict[str, str]:
     return env
 
 
-def run_here(cfg: TrainConfig, train: Callable[[TrainConfig], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Runs to the end: in this process if one is enough, else in workers whose output is passed through."""
+def run_here(cfg: TrainConfig) -> dict[str, Any]:
+    """Runs to the end: in this process if one is enough, else in workers, whose output is passed through. Exits as they did."""
     if cfg.hardware.processes == 1:
-        from prefopt.training.loop import train as train_loop
+        from prefopt.training.loop import train
 
-        return (train or train_loop)(cfg)
-    process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, sys.argv[1:]))
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            continue  # the terminal sends Ctrl-C to the workers too; they save and end
-    if code not in (0, 130, 143):
-        raise RunFailed(f"a worker process ended with code {code}; its message is above")
-    return {"exit_code": code} | ({"stopped": "a signal"} if code else {})
+        return train(cfg)
+    # A group of their own: the terminal's Ctrl-C reaches this process only, which passes it on once.
+    process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, sys.argv[1:]), start_new_session=True)
+    with forwarding(process):
+        code = process.wait()
+    if code:
+        raise SystemExit(code)
+    return {}
+
+
+@contextmanager
+def forwarding(process: subprocess.Popen) -> Iterator[list[int]]:
+    """Passes SIGINT and SIGTERM on to a process group; yields the list of those that came. Nothing of the group is left behind."""
+    came: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        came.append(number)
+        os.killpg(process.pid, number)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

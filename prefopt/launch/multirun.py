@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from prefopt.config.compose import typed
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import RunFailed, UserError
-from prefopt.launch.local import worker_command, worker_environment
+from prefopt.launch.local import forwarding, worker_command, worker_environment
 from prefopt.training.rundir import claim, read_status, write_atomic
 
 
@@ -103,20 +101,8 @@ def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, ["train", *overrides]), stdout=log, stderr=log,
                                    stdin=subprocess.DEVNULL, start_new_session=True)
-        stop: list[int] = []
-
-        def forward(number: int, frame: object) -> None:
-            stop.append(number)
-            os.killpg(process.pid, number)
-
-        old = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with forwarding(process) as stop:
             code = process.wait()
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
     if stop:
         return "stopped", "stopped by a signal; the same command continues it"
     if code == 0:

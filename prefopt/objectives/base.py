@@ -154,7 +154,7 @@ def unit_weight(batch: Batch, term: Term) -> Tensor:
 def total_weights(objective: Objective, batch: Batch) -> dict[str, float]:
     """Total weight of each term's values, from the layout alone: the objective is called on zero scores, no model is run."""
     blank = {
-        scorer: {q: torch.zeros_like(batch.token_edge if q == "token_logp" else batch.lengths, dtype=torch.float32) for q in quantities}
+        scorer: {q: torch.zeros_like(batch.token_edge if q == "token_logp" else batch.lengths, dtype=torch.float64) for q in quantities}
         for scorer, quantities in objective.quantities.items()
     }
     layout = Batch(batch.lengths, batch.token_edge, blank, batch.pairs, batch.unary, batch.demonstrations)

@@ -205,7 +205,7 @@ def chart(
     y_ticks = _log_ticks(y0, y1) if log else ticks(y0, y1)
     y_names = _tick_text(y_ticks) if not log else [number(t).rstrip("0").rstrip(".") or "0" for t in y_ticks]
     left = 12 + LETTER * max((len(n) for n in y_names), default=1)
-    named = [s for s in series if s.label]
+    named = [s for s in series if s.label and len(s.curve) > 1]
     right = WIDTH - (12 + LETTER * max(len(s.label) for s in named) if named else 16)
 
     def px(x: float) -> float:
@@ -221,7 +221,7 @@ def chart(
         out.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
         out.append(f'<text class="tick" x="{left - 6:.1f}" y="{y + 3.8:.1f}" text-anchor="end">{name}</text>')
     out.append(f'<path class="axis" d="M{left:.1f} {floor}H{right:.1f}"/>')
-    x_ticks = ticks(x0, x1)
+    x_ticks = [t for t in ticks(x0, x1) if x_unit != "step" or abs(t - round(t)) < 1e-9]
     for value, name in zip(x_ticks, _tick_text(x_ticks), strict=True):
         x = px(value)
         out.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/>')
@@ -233,7 +233,8 @@ def chart(
     for value, name in guides:
         y = py(value)
         out.append(f'<path class="guide" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        out.append(f'<text class="tick" x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        place = f'x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end"'
+        out.append(f'<text class="tick" {place}>{escape(name)}</text>')
     for s in series:
         out += _draw(s, px, py)
     out += _end_labels(named, py, right)
@@ -257,10 +258,12 @@ def _draw(s: Series, px, py) -> list[str]:
             note = s.notes[i] if s.notes else f"step {x:.0f}: {number(y)}"
             out.append(f'<circle class="mark c{s.colour}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.8">')
             out.append(f"<title>{escape(note)}</title></circle>")
-            if i in s.tags:
+            if tag := s.tags.get(i) or (s.label if len(s.curve) == 1 else ""):
+                near = s.curve[i - 1 if i else min(1, len(s.curve) - 1)][1]
+                away = -8 if near < y else 14  # the curve leaves on the other side
                 side = 'text-anchor="end"' if px(x) > WIDTH - 70 else ""
-                place = f'x="{px(x) + (-6 if side else 6):.1f}" y="{py(y) + 14:.1f}" {side}'
-                out.append(f'<text class="tick" {place}>{escape(s.tags[i])}</text>')
+                place = f'x="{px(x) + (-6 if side else 6):.1f}" y="{py(y) + away:.1f}" {side}'
+                out.append(f'<text class="tick" {place}>{escape(tag)}</text>')
     return out
 
 
@@ -316,7 +319,7 @@ class Group:
     title: str
     intro: str
     panels: list[Panel] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)  # reason -> titles
 
     def add(self, title: str, series: list[Series], caption: str, why_missing: str = "", **options) -> None:
         """A picture, or a sentence saying why there is none; one measurement is no curve."""
@@ -325,7 +328,7 @@ class Group:
             if why_missing:
                 if series:
                     why_missing = f"only step {series[0].curve[0][0]:.0f} was measured, and a curve needs two"
-                self.missing.append(f"{title}: {why_missing}.")
+                self.missing.setdefault(why_missing, []).append(title)
             return
         self.panels.append(Panel(title, chart(series, title=title, **options), caption))
 

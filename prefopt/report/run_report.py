@@ -487,11 +487,8 @@ def _setup(config: dict, manifest: dict, status: dict) -> list[tuple[str, str]]:
     found += [("learning rate", _dig(config, "optim.lr")), ("batch", _dig(config, "train.batch_size"))]
     found += [("steps", status.get("total_steps") or _dig(config, "train.steps"))]
     found += [("started", str(manifest.get("started") or "")[:16].replace("T", " "))]
-    return [(name, _plain(value)) for name, value in found if value not in (None, "")]
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+    known = [(name, f"{x:g}" if isinstance(x, float) else str(x)) for name, x in found if x not in (None, "")]
+    return [(name, text.replace("e-0", "e-")) for name, text in known]
 
 
 def _dump(data: dict) -> str:

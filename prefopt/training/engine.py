@@ -83,7 +83,7 @@ class Engine:
     def _backward_local(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
         """Micro-batches one after the other: an objective that is a sum over units."""
         totals = self.global_totals(micros)
-        loss = torch.zeros((), device=self.accelerator.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self._synced(last=i == len(micros) - 1):
                 batch = self.score(micro)

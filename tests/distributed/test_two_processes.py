@@ -1,0 +1,90 @@
+"""Two processes over gloo compute what one does. Subprocesses, because that is the thing under test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.toy_runs import fresh_accelerator, gradients
+from tests.unit.test_engine import engine_of, objective_named, rows_for, source_of
+
+from prefopt.config.catalogue import groups
+from prefopt.tracking.tracker import read_jsonl
+from prefopt.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*command: str) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
+                   check=True, env=env, timeout=240, capture_output=True)
+
+
+def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
+    slugs = groups()["algo"]
+    torchrun("-m", "tests.distributed.ranks", str(tmp_path / "out.pt"), *slugs)
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    for slug in slugs:
+        objective = objective_named(slug)
+        with fresh_accelerator() as accelerator:
+            engine = engine_of(objective, accelerator)
+            micros = source_of(objective, rows_for(objective, 8), 10**6).step(0)
+            grads, loss = gradients(engine, micros)
+            metrics = engine.step(micros, 0.0).metrics
+        assert float(two[slug]["loss"]) == pytest.approx(loss, rel=1e-9), slug
+        assert two[slug]["metrics"] == pytest.approx(metrics, rel=1e-9), slug
+        for name in grads:
+            torch.testing.assert_close(two[slug]["grads"][name], grads[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("algo", ["dpo", "kto"])
+def test_a_run_on_two_processes_ends_where_one_process_ends(algo, tmp_path, tiny_lm):
+    common = ["-m", "prefopt.cli", "train", f"algo={algo}", "debug=fast", "evaluation.prompts=8"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for hardware, folder in (("cpu", "one"), ("2xcpu", "two")):
+        done = subprocess.run([sys.executable, *common, f"hardware={hardware}", f"hydra.run.dir={tmp_path / folder}"], env=env, timeout=240,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(checkpoint.steps(tmp_path / f / "checkpoints")[-1] / "weights.safetensors") for f in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
+    losses = [[r["loss"] for r in read_jsonl(tmp_path / f / "metrics.jsonl") if r["split"] == "eval"] for f in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2
+    assert len(read_jsonl(tmp_path / "two" / "samples.jsonl")) == len(read_jsonl(tmp_path / "one" / "samples.jsonl"))
+
+
+def test_the_first_error_of_a_worker_is_one_sentence(tmp_path, tiny_lm):
+    broken = tmp_path / "pairs.jsonl"
+    broken.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    done = subprocess.run([sys.executable, "-m", "prefopt.cli", "train", "hardware=2xcpu", "data=jsonl", f"data.path={broken}",
+                           f"hydra.run.dir={tmp_path / 'run'}"], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pairs.jsonl row 1: chosen and rejected are the same text" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_to_the_parent_leaves_two_processes_resumable(tmp_path, tiny_lm):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "prefopt.cli", "train", "hardware=2xcpu", "debug=fast", "train.steps=400", "train.eval_every=400",
+               f"hydra.run.dir={run}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(read_jsonl(run / "metrics.jsonl")) < 3:
+        time.sleep(0.1)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said[-2000:]
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped" and status["step"] > 0
+    assert checkpoint.steps(run / "checkpoints")[-1].name == f"step-{status['step']:06d}"

@@ -1,0 +1,295 @@
+"""Rows to steps and micro-batches: order, split over ranks, views, soft labels, mismatched replies."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prefopt.data.batch import Row, build, derangement, split_step, step_rows
+from prefopt.data.dataset import make_dataset, reduce_ranking
+from prefopt.data.sources import Split
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.errors import UserError
+from prefopt.objectives.base import Batch, Pairs, Term, total_weights
+from prefopt.objectives.pairwise import DPO
+from prefopt.objectives.reference_free import CPO, ORPO, SimPO, SLiC
+from prefopt.objectives.unary import KTO
+from tests.toy import data_config, example, pair, tokeniser, turns
+
+
+def branch(length, start=10, untrained=0):
+    return Branch(list(range(start, start + length)), [False] * untrained + [True] * (length - untrained), True)
+
+
+def row(prompt=3, lengths=(4, 2), kind="pair", **known):
+    branches = [branch(n, 10 * (i + 1)) for i, n in enumerate(lengths)]
+    return Row(Tokens(list(range(1, prompt + 1)), branches, 0, [0] * len(lengths)), kind, **known)
+
+
+def dataset(examples, view="pairs", columns=("weight", "label", "margin"), mismatched=False, **settings):
+    cfg = data_config(**settings)
+    return make_dataset(Split("train", examples), cfg, tokeniser("bytes", "chatml", **settings), view, columns, mismatched, 0)
+
+
+# ---- order ----
+
+
+@pytest.mark.parametrize(("total", "batch_size"), [(1, 1), (7, 3), (12, 4), (5, 8), (100, 7)])
+def test_every_row_once_per_epoch_in_an_order_of_its_own(total, batch_size):
+    per_epoch = -(-total // batch_size)
+    epochs = [[r for s in range(per_epoch) for r in step_rows(total, batch_size, e * per_epoch + s, seed=1)] for e in range(3)]
+    for order in epochs:
+        assert sorted(order) == list(range(total))
+    if total > 10:
+        assert len({tuple(order) for order in epochs}) == 3
+        assert [r for s in range(per_epoch) for r in step_rows(total, batch_size, s, seed=2)] not in epochs
+
+
+def test_a_step_is_the_same_whenever_it_is_asked_for():
+    later = step_rows(50, 8, 31, seed=0)
+    random.seed(5)
+    assert [step_rows(50, 8, s, seed=0) for s in range(40)][31] == later
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 64, 301])
+def test_derangement_has_no_fixed_point(count):
+    for seed in range(5):
+        out = derangement(count, seed)
+        assert sorted(out) == list(range(count))
+        assert all(i != j for i, j in enumerate(out))
+    if count > 4:
+        assert derangement(count, 0) != derangement(count, 1)
+    assert derangement(count, 3) == derangement(count, 3)
+
+
+# ---- split over ranks and micro-batches ----
+
+
+@pytest.mark.parametrize(("world", "budget", "count"), itertools.product([1, 2, 3, 5], [1, 60, 200, 10**6], [1, 4, 17]))
+def test_split_step_covers_rows_once_and_keeps_ranks_and_budget_even(world, budget, count):
+    rng = random.Random(count)
+    rows = [row(rng.randint(1, 20), (rng.randint(1, 20), rng.randint(1, 20))) for _ in range(40)]
+    chosen = rng.sample(range(40), count)
+    ranks = split_step(rows, chosen, "pairs", budget, world)
+    assert len(ranks) == world
+    assert len({len(micro) for micro in ranks}) == 1
+    assert sorted(r for micro in ranks for part in micro for r in part) == sorted(chosen)
+    shares = [sum(len(part) for part in micro) for micro in ranks]
+    assert max(shares) - min(shares) <= 1
+    for part in itertools.chain(*ranks):
+        padded = build(rows, part, "pairs", 0, filler=chosen[0]).input_ids.numel()
+        assert len(part) <= 1 or padded <= budget
+    longest = max(chosen, key=lambda r: rows[r].cost("pairs")[1])
+    assert longest in ranks[0][0]  # the dearest comes first, so that running out of memory shows at once
+
+
+def test_split_counts_only_the_edges_that_a_view_reads():
+    rows = [row(2, (3, 30)) for _ in range(4)]
+    assert [len(p) for p in split_step(rows, range(4), "demonstrations", 20, 1)[0]] == [4]
+    assert [len(p) for p in split_step(rows, range(4), "pairs", 20, 1)[0]] == [1, 1, 1, 1]
+
+
+# ---- building ----
+
+
+def test_build_pads_right_and_marks_the_trained_tokens():
+    rows = [row(3, (4, 2)), row(1, (2, 3))]
+    rows[1].tokens.branches[1] = branch(3, 50, untrained=1)
+    micro = build(rows, [0, 1], "pairs", pad=99)
+    assert micro.input_ids.tolist() == [
+        [1, 2, 3, 10, 11, 12, 13], [1, 2, 3, 20, 21, 99, 99], [1, 10, 11, 99, 99, 99, 99], [1, 50, 51, 52, 99, 99, 99],
+    ]
+    assert micro.attention.sum(1).tolist() == [7, 5, 3, 4] and micro.tokens == 19
+    assert micro.input_ids[micro.trained].tolist() == [10, 11, 12, 13, 20, 21, 10, 11, 51, 52]
+    assert micro.layout.lengths.tolist() == [4, 2, 2, 2]
+    assert micro.layout.token_edge.tolist() == [0] * 4 + [1] * 2 + [2] * 2 + [3] * 2
+    assert (micro.layout.pairs.chosen.tolist(), micro.layout.pairs.rejected.tolist()) == ([0, 2], [1, 3])
+    assert micro.gradient.all() and micro.rows == [0, 1]
+
+
+@pytest.mark.parametrize("view", ["pairs", "unary", "demonstrations"])
+def test_a_filler_has_edges_and_counts_nothing(view):
+    rows = [row(9, (9, 9)), row(1, (1, 2))]
+    micro = build(rows, [], view, pad=0, filler=1)
+    assert micro.input_ids.shape[1] == 3 and micro.rows == []
+    sizes = {"pairs": lambda b: b.pairs.chosen, "unary": lambda b: b.unary.edge, "demonstrations": lambda b: b.demonstrations.edge}
+    assert sizes[view](micro.layout).numel() == 0
+    objective = {"pairs": DPO(), "unary": KTO()}.get(view)
+    if objective:
+        assert total_weights(objective, micro.layout) == {"preference": 0.0}
+
+
+def test_moving_a_batch_moves_everything():
+    micro = build([row()], [0], "pairs", pad=0)
+    moved = micro.to("meta")
+    tensors = [moved.input_ids, moved.attention, moved.trained, moved.gradient, moved.layout.lengths, moved.layout.token_edge,
+               *vars(moved.layout.pairs).values()]
+    assert all(t.device.type == "meta" for t in tensors)
+    assert moved.layout.unary is None and moved.rows == [0]
+
+
+def test_only_keeps_some_edges_and_their_tokens():
+    micro = build([row(3, (4, 2))], [0], "pairs", pad=0)
+    kept = micro.only(torch.tensor([False, True]))
+    assert kept.input_ids[kept.trained].tolist() == [20, 21]
+    assert kept.layout.lengths.tolist() == [2] and kept.layout.token_edge.tolist() == [0, 0]
+
+
+def test_demonstrations_read_the_first_completion_only():
+    micro = build([row(2, (3, 5), weight=0.5)], [0], "demonstrations", pad=0)
+    assert micro.input_ids.shape == (1, 5)
+    assert micro.layout.demonstrations.weight.tolist() == [0.5]
+
+
+def test_unary_view_of_pairs_and_of_thumbs():
+    rows = [row(weight=2.0), row(label=0.25), row(1, (2,), "unary", desirable=[False])]
+    unary = build(rows, [0, 1, 2], "unary", pad=0).layout.unary
+    got = set(zip(unary.edge.tolist(), unary.desirable.tolist(), unary.weight.tolist(), strict=True))
+    assert got == {
+        (0, True, 2.0), (1, False, 2.0),
+        (2, True, 0.25), (3, False, 0.25), (2, False, 0.75), (3, True, 0.75),
+        (4, False, 1.0),
+    }
+
+
+# ---- rankings ----
+
+
+def ranking():
+    return example(prompt="Q", completions=["w", "b", "m", "n"], scores=[0, 3, 1, 1])
+
+
+def test_best_and_worst_of_a_ranking():
+    data = dataset([ranking()])
+    assert [c.text for c in data.examples[0].completions] == ["b", "w"]
+    pairs = build(data.rows, [0], "pairs", 0).layout.pairs
+    assert (pairs.chosen.tolist(), pairs.rejected.tolist(), pairs.weight.tolist()) == ([0], [1], [1.0])
+
+
+def test_all_pairs_of_a_ranking_share_the_weight_of_the_row_and_leave_out_ties():
+    data = dataset([ranking()], pairs="all")
+    pairs = build(data.rows, [0], "pairs", 0).layout.pairs
+    assert set(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)) == {(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)}
+    assert pairs.weight.sum().item() == pytest.approx(1)
+    assert reduce_ranking(ranking(), "all").completions[0].score == 3
+
+
+# ---- soft labels ----
+
+
+@pytest.mark.parametrize("label", [0.0, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_soft_labels_as_two_weighted_pairs_have_the_same_expected_logistic_loss(label, margin):
+    scores = torch.tensor([-3.0, -1.2], dtype=torch.float64)
+
+    def loss(soft):
+        made = build([row(label=label, weight=1.5, margin=margin)], [0], "pairs", 0, soft_labels=soft).layout.pairs
+        h = scores[made.chosen] - scores[made.rejected] - made.margin
+        p = made.label.double()
+        return (made.weight * (-p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h))).sum().item(), made
+
+    (soft, _), (split, made) = loss(True), loss(False)
+    assert soft == pytest.approx(split, rel=1e-6)
+    assert (made.label == 1).all()
+    assert len(made.chosen) == (1 if label in (0.0, 1.0) else 2)
+
+
+def test_trap_17_a_label_of_one_half_counts_equally_in_both_directions():
+    made = build([row(label=0.5)], [0], "pairs", 0, soft_labels=False).layout.pairs
+    assert sorted(zip(made.chosen.tolist(), made.rejected.tolist(), made.weight.tolist(), strict=True)) == [(0, 1, 0.5), (1, 0, 0.5)]
+
+
+# ---- mismatched replies ----
+
+
+def test_mismatched_replies_come_from_another_row_under_this_prompt_and_carry_no_gradient():
+    examples = [pair(f"How are you {word}?", f"I am {word}.", f"{word} {word}") for word in ("well", "Paris", "Lima", "fox")]
+    data = dataset(examples, "unary", mismatched=True)
+    other = derangement(4, 0)
+    for i, made in enumerate(data.rows):
+        assert [b.ids for b in made.mismatched] == [b.ids for b in data.rows[other[i]].tokens.branches]
+    micro = build(data.rows, [0, 1], "unary", 0)
+    assert micro.layout.unary.mismatched.tolist() == [2, 3, 6, 7]
+    assert micro.gradient.tolist() == [True, True, False, False] * 2
+    for edge, i in ((2, 0), (7, 1)):
+        ids = micro.input_ids[edge][micro.attention[edge]].tolist()
+        assert ids == data.rows[i].tokens.prompt + data.rows[i].mismatched[edge % 2].ids
+    assert build(data.rows, [], "unary", 0).layout.unary.mismatched.numel() == 0
+    again = dataset(examples, "unary", mismatched=True)
+    assert [r.mismatched for r in again.rows] == [r.mismatched for r in data.rows]
+
+
+def test_mismatched_replies_whose_tokens_merge_with_the_prompt():
+    """Without a template prompt and reply may share a token; prompt + branch is still the tokenisation of the whole text."""
+    t = tokeniser("bytes", render="text")
+    examples = [pair("Two a", "nd two", "ny"), pair("Is th", "e fox", "x")]
+    cfg = data_config(render="text")
+    data = make_dataset(Split("train", examples), cfg, t, "unary", ("weight",), True, 0)
+    for i, j in ((0, 1), (1, 0)):
+        for b, text in zip(data.rows[i].mismatched, [c.text for c in examples[j].completions], strict=True):
+            assert data.rows[i].tokens.prompt + b.ids == t.tokenizer(examples[i].prompt_text + text)["input_ids"] + [t.tokenizer.eos_token_id]
+        for b, text in zip(data.rows[i].tokens.branches, [c.text for c in examples[i].completions], strict=True):
+            assert data.rows[i].tokens.prompt + b.ids == t.tokenizer(examples[i].prompt_text + text)["input_ids"] + [t.tokenizer.eos_token_id]
+
+
+def test_mismatched_replies_that_truncation_makes_equal_are_no_error():
+    examples = [pair("Q", "one two", "two one"), pair("How are you?", "I am well", "I am")]
+    data = make_dataset(Split("train", examples), data_config(render="text", max_completion_tokens=2),
+                        tokeniser("bytes", render="text", max_completion_tokens=2), "demonstrations", ("weight",), True, 0)
+    assert len(data.rows) == 1 or all(r.mismatched for r in data.rows)
+
+
+# ---- data that an objective cannot use ----
+
+
+def test_data_that_the_objective_would_misread_is_refused():
+    unary, demo, prompt = example(prompt="Q", completion="a", label=True), example(messages=turns("Q", "a")), example(prompt="Q")
+    for view, row_, what in (("pairs", unary, "unary row, and the objective needs pairs"), ("pairs", demo, "demonstration row"),
+                             ("unary", demo, "needs labelled completions"), ("demonstrations", prompt, "needs completions")):
+        with pytest.raises(UserError, match=f"toy row 1: this is a .*{what}"):
+            dataset([row_], view)
+    with pytest.raises(UserError, match="the data has a margin, which this objective does not use"):
+        dataset([pair(margin=0.5)], columns=("weight", "label"))
+
+
+def test_thumbs_down_rows_are_no_demonstrations_and_are_counted():
+    rows = [example(prompt="Q", completion=f"reply {i}", label=i % 2 == 0) for i in range(5)]
+    data = dataset(rows, "demonstrations")
+    assert (data.stats["rows"], data.stats["undesirable_left_out"]) == (3, 2)
+
+
+# ---- traps 9 and 20, on what objectives make of batches ----
+
+
+def scored(objective, lengths):
+    """A batch of as many pairs as `lengths`, with random scores."""
+    layout = build([row(2, ab) for ab in lengths], range(len(lengths)), objective.view, 0).layout
+    g = torch.Generator().manual_seed(0)
+    token = -torch.rand(layout.token_edge.numel(), generator=g)
+    total = torch.zeros(len(layout.lengths)).index_add(0, layout.token_edge, token)
+    names = objective.quantities
+    layout.scores = {s: {"logp": total - 0.1 * i, "token_logp": token} for i, s in enumerate(names)}
+    return layout
+
+
+@pytest.mark.parametrize("objective", [DPO(), SimPO(), CPO(), ORPO(), SLiC(), KTO()], ids=lambda o: type(o).__name__)
+def test_trap_20_every_term_has_one_value_per_unit(objective):
+    batch = scored(objective, [(7, 2), (3, 11), (1, 1)])
+    units = {"pair": 3, "completion": 6 if objective.view == "unary" else 3, "token": None}
+    terms = objective(batch).terms
+    assert terms
+    for term in terms:
+        assert isinstance(term, Term) and term.values.dim() == 1
+        if term.unit != "token":
+            assert len(term.values) == units[term.unit]
+        assert torch.isfinite(term.values).all()
+
+
+def test_trap_09_length_normalised_losses_never_meet_a_length_of_zero():
+    """Every edge that is built has a trained token, because the tokeniser refuses rows without one."""
+    micro = build(dataset([pair(), pair("Q", "a", "b")]).rows, [0, 1], "pairs", 0)
+    assert micro.layout.lengths.min() >= 1
+    blank = Batch(micro.layout.lengths, micro.layout.token_edge, {"policy": {"logp": torch.zeros(4)}}, micro.layout.pairs)
+    assert isinstance(blank.pairs, Pairs) and torch.isfinite(blank.avg_logp()).all()
