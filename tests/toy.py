@@ -131,12 +131,12 @@ def save_model(
     words = tokenizer(kind, template, **config.pop("special", {}))
     shape = {"vocab_size": len(words), **{f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}}
     wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 256, "initializer_range": 0.3}
+            "max_position_embeddings": 256, "initializer_range": 0.3, **config}
     torch.manual_seed(seed)
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shape, **wide, **config))
+        model = LlamaForCausalLM(LlamaConfig(**shape, **wide))
     elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape, **wide, **config))
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, **wide))
     else:
         model = GPT2LMHeadModel(GPT2Config(**shape, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, **config))
     model.save_pretrained(folder)

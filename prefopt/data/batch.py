@@ -176,8 +176,8 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
 def _pairs(row: Row, first: int, soft_labels: bool) -> list[tuple[int, int, float, float, float]]:
     last = first + len(row.tokens.branches) - 1
     if row.kind == "ranking_all":
-        n = len(row.scores)
-        found = [(i, j) for i in range(n) for j in range(i + 1, n) if row.scores[i] > row.scores[j]]
+        n, ids = len(row.scores), [b.ids for b in row.tokens.branches]
+        found = [(i, j) for i in range(n) for j in range(i + 1, n) if row.scores[i] > row.scores[j] and ids[i] != ids[j]]
         # A row counts once, however many pairs its ranking holds.
         return [(first + i, first + j, 1.0, row.weight / len(found), row.margin) for i, j in found]
     if soft_labels or row.label in (0.0, 1.0):

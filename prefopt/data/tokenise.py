@@ -7,6 +7,7 @@ reply is complete; a token belongs to the reply if it holds at least one of its 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,28 +106,29 @@ class Tokeniser:
         return self.template is not None
 
     def __call__(self, example: Example) -> Tokens:
-        """Tokenises an example. Raises `BadRow` where no faithful tokenisation exists."""
+        """Tokenises an example. Raises `BadRow` where no faithful tokenisation exists, or none within the limits."""
+        return self.limited(self.whole(example), example.kind)
+
+    def whole(self, example: Example) -> Tokens:
+        """The example's tokens without regard to any limit."""
         chat = self.templated(example.chat)
         head = self._head(example.prompt, chat)
         if not example.completions:
-            return self._fit([], self._encode(head)[0])
+            return Tokens(self._encode(head)[0], [])
         rendered = [self._render(example.prompt, head, c, chat) for c in example.completions]
         prompts = [ids[:split] for ids, _, split in rendered]
         shared = min(len(p) for p in prompts)
         while any(p[:shared] != prompts[0][:shared] for p in prompts):
             shared -= 1  # a token that straddles prompt and reply in one rendering only
-        out = self._fit([Branch(ids[shared:], mask[shared:], True) for ids, mask, _ in rendered], prompts[0][:shared])
-        if example.kind in ("pair", "ranking") and len({tuple(b.ids) for b in out.branches}) < len(out.branches):
-            what = "chosen and rejected are" if example.kind == "pair" else "two of the completions are"
-            raise BadRow(f"{what} the same tokens" + (" after truncation" if any(out.cut_completions) else ""))
-        return out
+        return Tokens(prompts[0][:shared], [Branch(ids[shared:], mask[shared:], True) for ids, mask, _ in rendered])
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
         """Ids to sample a reply from, rendered and limited as in training; `chat` says that the row holds messages.
 
         Never empty: without any token a text is begun after an end-of-sequence token, as in GPT-2's training data.
         """
-        return self._fit([], self._encode(self._head(prompt, self.templated(chat)))[0]).prompt or [self.tokenizer.eos_token_id]
+        ids = self._encode(self._head(prompt, self.templated(chat)))[0]
+        return self.limited(Tokens(ids, []), "prompt").prompt or [self.tokenizer.eos_token_id]
 
     def _head(self, prompt: list[Message], chat: bool) -> str:
         return self._apply(prompt, True) if chat else "\n".join(m.text for m in prompt)
@@ -153,8 +155,12 @@ class Tokeniser:
                     spans.append((len(previous), len(full)))
         ids, offsets = self._encode(full)
         start = len(head)
-        mask = [any(s < hi and e > lo for lo, hi in spans) for s, e in offsets]
-        split = next((i for i, (_, e) in enumerate(offsets) if e > start), len(ids))
+        starts, ends = [s for s, _ in offsets], [e for _, e in offsets]
+        mask = [False] * len(ids)
+        for low, high in spans:  # a token is in a span if it holds one of its characters
+            first, beyond = bisect_right(ends, low), bisect_left(starts, high)
+            mask[first:beyond] = [True] * (beyond - first)
+        split = bisect_right(ends, start)
         if split == len(ids) or not any(mask):
             raise BadRow("the completion has no tokens")
         return self._finish(ids, mask, split)
@@ -181,39 +187,41 @@ class Tokeniser:
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, True]
         return ids, mask, split
 
-    def _fit(self, branches: list[Branch], prompt: list[int]) -> Tokens:
+    def limited(self, whole: Tokens, kind: str) -> Tokens:
         """Applies the length limits, counting what they take."""
-        cfg, out = self.cfg, Tokens(prompt, branches)
+        cfg, prompt = self.cfg, whole.prompt
         limit = min(cfg.max_prompt_tokens or self.context - 1, self.context - 1)
+        out = Tokens(prompt, [])
         if len(prompt) > limit:
             if cfg.on_long_prompt == "stop":
                 raise BadRow(f"the prompt has {len(prompt)} tokens, the limit is {limit}; data.on_long_prompt=keep_end drops its start")
             keep_bos = int(self.leads)
             out.prompt = prompt[:keep_bos] + prompt[len(prompt) - (limit - keep_bos):]
             out.cut_prompt = len(prompt) - limit
-        if not out.prompt:  # nothing precedes a reply's first token, so nothing predicts it
-            for branch in branches:
-                branch.mask[0] = False
-                if not any(branch.mask):
-                    raise BadRow("the prompt is empty and the completion has one token, which nothing predicts")
         room = min(cfg.max_completion_tokens or self.context, self.context - len(out.prompt))
-        for number, branch in enumerate(branches):
-            lost = len(branch.ids) - room
-            out.cut_completions.append(max(lost, 0))
-            if lost > 0:
-                if not any(branch.mask[:room]):
-                    raise BadRow(f"nothing of completion {number + 1} would be left within {room} tokens; raise data.max_completion_tokens")
-                branch.ids, branch.mask, branch.complete = branch.ids[:room], branch.mask[:room], False
+        for number, branch in enumerate(whole.branches, 1):
+            mask = branch.mask
+            if not out.prompt:  # nothing precedes a reply's first token, so nothing predicts it
+                mask = [False, *mask[1:]]
+                if not any(mask):
+                    raise BadRow("the prompt is empty and the completion has one token, which nothing predicts")
+            if not any(mask[:room]):
+                raise BadRow(f"nothing of completion {number} would be left within {room} tokens; raise data.max_completion_tokens")
+            out.branches.append(Branch(branch.ids[:room], mask[:room], len(branch.ids) <= room))
+            out.cut_completions.append(max(len(branch.ids) - room, 0))
+        if kind in ("pair", "ranking") and len({tuple(b.ids) for b in out.branches}) == 1:
+            what = "chosen and rejected" if kind == "pair" else "all completions"
+            raise BadRow(f"{what} are the same tokens" + (" after truncation" if any(out.cut_completions) else ""))
         return out
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-        # Some byte-level tokenizers leave white space out of their offsets; each token here starts where the one before it ended.
+        # Some byte-level tokenizers leave white space out of their offsets; here a token starts where the one before it ended, at most.
         place = 0
         for i, (s, e) in enumerate(offsets):
             offsets[i] = (min(s, place), e)
-            place = max(place, e)
+            place = e
         bos = self.tokenizer.bos_token_id
         if self.adds_bos and ids[:1] != [bos]:
             ids, offsets = [bos, *ids], [(0, 0), *offsets]

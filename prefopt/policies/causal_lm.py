@@ -44,7 +44,7 @@ class CausalLM(nn.Module):
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         if cfg.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable({"use_reentrant": False})  # by position: the argument's name has changed along with the method's
         if cfg.lora.enabled:
             self.model = _add_lora(self.model, cfg, seed)
 

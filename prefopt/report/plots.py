@@ -203,7 +203,7 @@ def chart(
     x0, x1 = _span(0.0 if 0 < min(xs) < 0.05 * max(xs) else min(xs), max(xs), 0.0)
     y0, y1 = y_range or _span(to_axis(min(ys)), to_axis(max(ys)), 0.07)
     y_ticks = _log_ticks(y0, y1) if log else ticks(y0, y1)
-    y_names = _tick_text(y_ticks) if not log else [number(t).rstrip("0").rstrip(".") or "0" for t in y_ticks]
+    y_names = _tick_text(y_ticks) if not log else [f"{t:g}".replace("-", "−") for t in y_ticks]
     left = 12 + LETTER * max((len(n) for n in y_names), default=1)
     named = [s for s in series if s.label and len(s.curve) > 1]
     right = WIDTH - (12 + LETTER * max(len(s.label) for s in named) if named else 16)
@@ -406,7 +406,7 @@ def _frontier(evals: list[Row], key: str, scale: float = 1.0) -> Series:
     bars = [(r["kl"], r[low] * scale, r[high] * scale) for r in rows if low in r and high in r]
     crosses = [(r[key] * scale, r["kl_low"], r["kl_high"]) for r in rows if "kl_low" in r and "kl_high" in r]
     notes = [f"step {r['step']:.0f}: {number(r[key] * scale)} at {number(r['kl'])} nats" for r in rows]
-    tags = {i: f"step {rows[i]['step']:.0f}" for i in (0, len(rows) - 1) if rows}
+    tags = {i: f"step {compact(rows[i]['step'])}" for i in (0, len(rows) - 1) if rows}
     curve = [(row["kl"], row[key] * scale) for row in rows]
     return Series("", curve, marks=True, band=bars, crosses=crosses, notes=notes, tags=tags)
 

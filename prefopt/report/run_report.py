@@ -343,7 +343,7 @@ def _movement(evals, samples, key: str, words: str, scale: float, unit: str, dec
     text = f"{words} {verb} {old}{unit} to {new}{unit}"
     if interval:
         low, high = (number(end * scale, decimals) for end in interval)
-        text += f" (95 % interval of the difference {low} to {high}{unit})"
+        text += f" (95 % interval of the difference {low} to {high}{' points' if unit else ''})"
     kl = change(evals, "kl")
     return text + (f" at a KL of {number(kl.after, 1)} nats" if kl and kl.moved else "")
 

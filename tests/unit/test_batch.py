@@ -67,7 +67,7 @@ def test_derangement_has_no_fixed_point(count):
 # ---- split over ranks and micro-batches ----
 
 
-@pytest.mark.parametrize(("world", "budget", "count"), itertools.product([1, 2, 3, 5], [1, 60, 200, 10**6], [1, 4, 17]))
+@pytest.mark.parametrize(("world", "budget", "count"), list(itertools.product([1, 2, 3, 5], [1, 60, 200, 10**6], [1, 4, 17])))
 def test_split_step_covers_rows_once_and_keeps_ranks_and_budget_even(world, budget, count):
     rng = random.Random(count)
     rows = [row(rng.randint(1, 20), (rng.randint(1, 20), rng.randint(1, 20))) for _ in range(40)]
@@ -113,7 +113,7 @@ def test_build_pads_right_and_marks_the_trained_tokens():
 def test_a_filler_has_edges_and_counts_nothing(view):
     rows = [row(9, (9, 9)), row(1, (1, 2))]
     micro = build(rows, [], view, pad=0, filler=1)
-    assert micro.input_ids.shape[1] == 3 and micro.rows == []
+    assert micro.input_ids.shape[1] <= 3 and micro.rows == []
     sizes = {"pairs": lambda b: b.pairs.chosen, "unary": lambda b: b.unary.edge, "demonstrations": lambda b: b.demonstrations.edge}
     assert sizes[view](micro.layout).numel() == 0
     objective = {"pairs": DPO(), "unary": KTO()}.get(view)
@@ -176,6 +176,13 @@ def test_all_pairs_of_a_ranking_share_the_weight_of_the_row_and_leave_out_ties()
     assert reduce_ranking(ranking(), "all").completions[0].score == 3
 
 
+def test_equal_replies_of_a_ranking_make_no_pair():
+    data = dataset([example(prompt="Q", completions=["same", "other", "same"], scores=[3, 2, 1])], pairs="all")
+    pairs = build(data.rows, [0], "pairs", 0).layout.pairs
+    assert set(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)) == {(0, 1), (1, 2)}
+    assert pairs.weight.tolist() == [0.5, 0.5]
+
+
 # ---- soft labels ----
 
 
@@ -228,17 +235,19 @@ def test_mismatched_replies_whose_tokens_merge_with_the_prompt():
     cfg = data_config(render="text")
     data = make_dataset(Split("train", examples), cfg, t, "unary", ("weight",), True, 0)
     for i, j in ((0, 1), (1, 0)):
-        for b, text in zip(data.rows[i].mismatched, [c.text for c in examples[j].completions], strict=True):
-            assert data.rows[i].tokens.prompt + b.ids == t.tokenizer(examples[i].prompt_text + text)["input_ids"] + [t.tokenizer.eos_token_id]
-        for b, text in zip(data.rows[i].tokens.branches, [c.text for c in examples[i].completions], strict=True):
-            assert data.rows[i].tokens.prompt + b.ids == t.tokenizer(examples[i].prompt_text + text)["input_ids"] + [t.tokenizer.eos_token_id]
+        made = data.rows[i]
+        for branches, replies in ((made.mismatched, examples[j].completions), (made.tokens.branches, examples[i].completions)):
+            for b, reply in zip(branches, replies, strict=True):
+                whole = t.tokenizer(examples[i].prompt_text + reply.text)["input_ids"]
+                assert made.tokens.prompt + b.ids == [*whole, t.tokenizer.eos_token_id]
 
 
 def test_mismatched_replies_that_truncation_makes_equal_are_no_error():
-    examples = [pair("Q", "one two", "two one"), pair("How are you?", "I am well", "I am")]
-    data = make_dataset(Split("train", examples), data_config(render="text", max_completion_tokens=2),
-                        tokeniser("bytes", render="text", max_completion_tokens=2), "demonstrations", ("weight",), True, 0)
-    assert len(data.rows) == 1 or all(r.mismatched for r in data.rows)
+    examples = [pair("x" * 10, "one two", "two one"), pair("Q", "six seven", "six eight")]
+    t = tokeniser("bytes", render="text", context=12)
+    data = make_dataset(Split("train", examples), data_config(render="text"), t, "unary", ("weight",), True, 0)
+    assert len(data.rows) == 2
+    assert data.rows[0].mismatched[0].ids == data.rows[0].mismatched[1].ids
 
 
 # ---- data that an objective cannot use ----

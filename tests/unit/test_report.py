@@ -69,9 +69,8 @@ def eval_row(step: int, steps: int, samples: list[dict]) -> dict:
 
 def make_run(folder: Path, steps: int = 200, prompts: int = 64, seed: int = 0) -> Path:
     """A run directory as a finished DPO run on a small model leaves it."""
-    rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, samples = [], []
+    folder.mkdir(parents=True)
+    rng, rows, samples = random.Random(seed), [], []
     for step in range(steps + 1):
         if step:
             rows.append(train_row(step, steps, rng))
@@ -139,8 +138,7 @@ class Tags(HTMLParser):
         assert self.stack.pop() == tag, f"</{tag}> closes something else"
 
     def handle_data(self, data):
-        if not self.stack or self.stack[-1] not in ("style", "title"):
-            self.words.append(data)
+        self.words += [data] if not self.stack or self.stack[-1] not in ("style", "title") else []
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +147,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_full_run_shows_every_part(run):
-    html = page(run)
-    seen = Tags(html)
+    html, seen = page(run), Tags(page(run))
     assert not seen.stack, "every tag is closed"
     assert html.lstrip().lower().startswith("<!doctype html>")
     for words in (
@@ -265,7 +262,8 @@ def test_a_run_without_pairs_says_why_panels_are_missing(run, tmp_path):
 def test_no_true_reward_falls_back_to_the_win_rate(run, tmp_path):
     folder = with_rows(run, tmp_path, lambda row: {k: v for k, v in row.items() if "true_reward" not in k})
     text = Tags(page(folder)).text
-    assert "The win rate against the initial policy rose from 50 % to 79 %" in text
+    assert "The win rate against the initial policy rose from 50 % to 79 % (95 % interval of the" in text
+    assert "16 to 41 points)" in text
     assert "Not shown: True reward (no true reward is known" in text and "Win rate against KL" in text
 
 
@@ -408,15 +406,14 @@ QUIET = [
     two_evals(finished=(0.98, 0.98 - limits.UNFINISHED_DROP + 0.01)),
     two_evals(finished=(0.2, 0.9)),
     train_rows("loss", [0.7, 0.6]),
-    [{"step": 0, "split": "eval", "logp/chosen": -9.0, "logp/rejected": -9.0, "length": 3.0, "finished": 1.0}],
+    two_evals(logp__chosen=(-9.0, -90.0), logp__rejected=(-9.0, -99.0))[:1],  # no second evaluation
 ]
 
 
 @pytest.mark.parametrize(("name", "rows"), FIRES)
 def test_an_alarm_fires(name, rows):
     assert names(rows) == [name]
-    found = alarms(rows)[0]
-    assert found.explanation.count("\n") == 1, "what it means, and what to do"
+    assert alarms(rows)[0].explanation.count("\n") == 1, "what it means, and what to do"
 
 
 @pytest.mark.parametrize("rows", QUIET)
@@ -455,7 +452,7 @@ def test_samples_are_in_order_and_the_extremes_are_the_extremes(run):
     rows = read_lines(run / "samples.jsonl")
     cards = sample_cards(rows)
     assert [card["id"] for card in cards["cards"]] == list(range(limits.FIRST_SAMPLES))
-    gain = {i: -r for i, r in ((row["id"], row["reward"]) for row in rows if row["step"] == 0)}
+    gain = {row["id"]: -row["reward"] for row in rows if row["step"] == 0}
     for row in rows:
         if row["step"] == 200:
             gain[row["id"]] += row["reward"]
@@ -495,6 +492,12 @@ def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
 def test_any_numbers_can_be_drawn(values, log):
     svg = chart([Series("a", list(enumerate(values, 1)))], title="t", unit="u", log=log)
     assert not re.search(r"nan|inf", svg) and not Tags(svg).stack
+
+
+def test_a_logarithmic_axis_is_labelled_with_its_values():
+    svg = chart([Series("", [(1, 0.02), (2, 300.0)])], title="t", unit="u", log=True)
+    labels = re.findall(r'text-anchor="end">([^<]*)</text>', svg)
+    assert labels[:4] == ["0.1", "1", "10", "100"]
 
 
 def test_curve_names_do_not_overlap():

@@ -108,7 +108,8 @@ def test_trap_02_an_earlier_turn_that_is_rewritten_is_an_error():
 def test_trap_02_a_turn_rewritten_only_by_the_next_reply_is_an_error():
     template = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-        "{{ m['content'] | upper if not loop.last and messages[-1]['role'] == 'assistant' else m['content'] }}{{ eos_token }}{% else %}{{ m['content'] + ':' }}{% endif %}{% endfor %}"
+        "{{ m['content'] | upper if not loop.last and messages[-1]['role'] == 'assistant' else m['content'] }}"
+        "{{ eos_token }}{% else %}{{ m['content'] + ':' }}{% endif %}{% endfor %}"
     )
     words = toy.tokenizer("bytes")
     words.chat_template = template
@@ -334,8 +335,9 @@ def test_replies_that_become_equal_are_a_bad_row():
         tokeniser("bytes", max_completion_tokens=3)(pair(chosen="I am well, thank you.", rejected="I am well, you."))
     with pytest.raises(BadRow, match="chosen and rejected are the same tokens$"):
         tokeniser("bytes", "llama3")(pair(chosen="yes", rejected=" yes "))
-    with pytest.raises(BadRow, match="two of the completions are the same tokens"):
-        tokeniser("bytes", "llama3")(example(prompt="Q", completions=["a", "b", "a "], scores=[1, 2, 3]))
+    with pytest.raises(BadRow, match="all completions are the same tokens"):
+        tokeniser("bytes", "llama3")(example(prompt="Q", completions=["a", " a", "a "], scores=[1, 2, 3]))
+    assert len(tokeniser("bytes", "llama3")(example(prompt="Q", completions=["a", "b", "a "], scores=[1, 2, 3])).branches) == 3
 
 
 # ---- empty things ----

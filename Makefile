@@ -1,0 +1,27 @@
+# make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+.PHONY: quickstart test unit e2e distributed lint docs clean
+
+quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
+	@scripts/setup.sh
+	.venv/bin/prefopt train
+
+test:                 ## make .venv with the test extras, run every test
+	@scripts/setup.sh test
+	.venv/bin/python -c "from prefopt.policies.tiny_lm import ensure_tiny_lm; ensure_tiny_lm()"
+	$(PYTEST) -n 2 --dist worksteal tests/unit tests/objectives tests/e2e tests/gpu
+	$(PYTEST) tests/distributed
+
+unit e2e distributed: ## one tier of the tests
+	$(PYTEST) -n 2 tests/$@
+
+lint:                 ## ruff, with the dev extras
+	@scripts/setup.sh dev
+	.venv/bin/ruff check .
+
+docs:                 ## regenerate docs/algorithms.md from the registry
+	.venv/bin/python scripts/make_docs.py
+
+clean:                ## remove the environment and build products, never runs
+	rm -rf .venv build *.egg-info
