@@ -42,13 +42,18 @@ def dispatch(argv: list[str]) -> Any:
         print(HELP)
         return None
     command, rest = argv[0], argv[1:]
-    if command == "--version":
+    if command in COMMANDS and {"-h", "--help"} & set(rest):
+        from prefopt.config.command_help import help_text
+
+        print(help_text(command))
+    elif command == "--version" or (command in COMMANDS and "--version" in rest):
         print(f"prefopt {__version__}")
     elif command in ("train", "eval", "sample"):
         return _hydra(command, rest)
     elif command == "data":
         if rest[:1] != ["check"]:
-            raise UserError(f"prefopt data {' '.join(rest[:1])}: the only data command is `prefopt data check`")
+            said = f"unknown command 'data {rest[0]}'" if rest else "prefopt data is no command of its own"
+            raise UserError(f"{said}; did you mean 'data check'?")
         return _hydra("data_check", rest[1:])
     elif command == "list":
         from prefopt.config.catalogue import list_command
@@ -82,6 +87,8 @@ def dispatch(argv: list[str]) -> Any:
 
 def _hydra(command: str, overrides: list[str]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait for each other make CPU steps several times slower on a machine that is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from prefopt.launch.app import run
 
     return run(command, overrides)
@@ -99,9 +106,14 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _say(f"the disk is full ({error.filename or 'writing'}); free some space and repeat the command, it goes on from the last "
                         "checkpoint", 2, quiet)
+        if error.errno == errno.EPIPE:  # the reader of `prefopt list | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if error.errno in (errno.EACCES, errno.EROFS):
             return _say(f"{error.filename}: cannot be written here ({error.strerror}); choose another hydra.run.dir", 2, quiet)
         raise
+    except SystemExit as end:  # Hydra after --help and --info, a worker with its own exit code
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         return _say("stopped", 130, quiet)
     if isinstance(result, dict) and "stopped" in result:

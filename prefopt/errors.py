@@ -18,11 +18,11 @@ class RunFailed(Exception):
     exit_code = 1
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, or a short list of what there is."""
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean 'x'?` for the closest known word, with the `prefix` it is written with, or a short list of what there is."""
     known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean '{prefix}{close[0]}'?"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     return f"; known: {shown}" if known else ""

@@ -307,7 +307,7 @@ def _show_algo(slug: str) -> list[str]:
     lines += ["", "Defaults"]
     lines += [part for line in header("algo", slug) for part in _wrap(line, "  # ", "  # ")]
     settings = {key: line for key, line in resolved_keys("algo", slug).items() if key != "_target_"}
-    lines += _keys_text(settings, "  algo.") or ["  no hyper-parameters"]
+    lines += keys_text(settings, "  algo.") or ["  no hyper-parameters"]
     lines += [f"  must hold: {rule}" for rule in info.require]
     lines += ["", "Needs", *(part for line in needs_lines(info) for part in _wrap(line, "  ", "    "))]
     if info.limits:
@@ -329,7 +329,7 @@ def _show_config(group: str, name: str) -> list[str]:
         lines += ["", "Chooses", *_wrap("  ".join(picks), "  ")]
     keys = resolved_keys(group, name)
     is_global = group in ("experiment", "sweep", "debug")
-    lines += ["", "Keys", *_keys_text(keys, "  " if is_global else f"  {group}.")]
+    lines += ["", "Keys", *keys_text(keys, "  " if is_global else f"  {group}.")]
     other = {"model": "data", "data": "model"}.get(group)
     extra = f" {other}={name}" if other and name in groups()[other] else ""
     extra += "".join(f" {group}.{key}=..." for key, line in keys.items() if line.value == REQUIRED)
@@ -337,7 +337,7 @@ def _show_config(group: str, name: str) -> list[str]:
     return [*lines, "", "Use", f"  {command} {group}={name}{extra}"]
 
 
-def _keys_text(keys: dict[str, KeyLine], prefix: str) -> list[str]:
+def keys_text(keys: dict[str, KeyLine], prefix: str) -> list[str]:
     """Dotted keys as one would write them on the command line, with their values and comments."""
     rows: list[tuple[str, str]] = []
     pending = ""  # a block's own comment goes to its first key

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
-from omegaconf.errors import ConfigKeyError, ConfigTypeError, InterpolationKeyError, OmegaConfBaseException, ValidationError
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, MissingMandatoryValue, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from prefopt.config.catalogue import groups
+from prefopt.config.completion import primary_groups
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
-from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS
+from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys, nested
 from prefopt.errors import UserError, nearest
 
 
 def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     """The dataclass of `command` filled from `cfg`. Unknown keys, wrong types, values out of range and combinations that cannot work
     raise `UserError`."""
-    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-    for key in ("hydra",):
-        plain.pop(key, None)
+    given = OmegaConf.to_container(cfg, resolve=False)
+    given.pop("hydra", None)
     schema = COMMANDS[command]
+    _check_keys(given, schema, dotted(given))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         OmegaConf.resolve(merged)
         out = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = error.full_key or str(error)
         raise UserError(f"{key} has no value; give it one: {key}=...") from error
-    except InterpolationKeyError as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
-    except (ConfigKeyError, ConfigTypeError) as error:
-        raise UserError(_unknown_key(error, schema)) from error
-    except (ValidationError, OmegaConfBaseException) as error:
-        raise UserError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(_wrong_value(error, given, OmegaConf.create(given))) from error
     _ranges(out)
     if hasattr(out, "algo"):
         info = check_algo(out.algo, out.trust.packages, algo_name)
         out.algo = {"name": algo_name or info.name, **out.algo}
         check_together(out, info)
     return out
+
+
+KINDS = {
+    "float": ("a finite number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)),
+    "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "str": ("text", lambda v: isinstance(v, str)),
+}
 
 
 def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | None) -> ObjectiveInfo:
@@ -53,17 +63,14 @@ def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | N
         if key in ("_target_", "name"):
             continue
         if key not in info.fields:
-            raise UserError(f"algo.{key} is no setting of {info.name}{nearest(key, info.fields)}")
-        expected = info.fields[key].type
-        fits = {"float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
-                "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-                "bool": lambda v: isinstance(v, bool), "str": lambda v: isinstance(v, str)}.get(expected, lambda v: True)
+            raise UserError(f"algo.{key} is no setting of {info.name}{nearest(key, info.fields, 'algo.')}")
+        kind, fits = KINDS.get(info.fields[key].type, ("", lambda v: True))
         if not fits(value):
-            raise UserError(f"algo.{key}={value!r}: {info.name}.{key} is a {expected}")
+            raise UserError(f"algo.{key}={_shown(value)}: it must be {kind}")
     values = {name: settings.get(name, field.default) for name, field in info.fields.items()}
     for rule in info.require:
         if not eval(rule, {"__builtins__": {}}, values):  # rules are constants of classes in allowed packages
-            shown = ", ".join(f"algo.{n}={values[n]}" for n in re.findall(r"[A-Za-z_]\w*", rule) if n in values)
+            shown = ", ".join(f"algo.{n}={_shown(values[n])}" for n in re.findall(r"[A-Za-z_]\w*", rule) if n in values)
             raise UserError(f"{shown}: {info.name} needs {rule}")
     return info
 
@@ -71,6 +78,9 @@ def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | N
 def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     """Combinations that each group would accept alone."""
     model, data = cfg.model, cfg.data
+    if data.source in ("files", "hub") and not data.path:
+        what = "a file, a folder or a glob" if data.source == "files" else "a hub id or a folder"
+        raise UserError(f"data.path has no value, and data={data.name} needs one; give {what}: data.path=...")
     if (model.kind == "tabular") != (data.source == "bandit"):
         raise UserError(f"model={model.name} and data={data.name} do not fit: the table of model=bandit only knows data=bandit, and the other "
                         "way round. Set both, or neither.")
@@ -92,69 +102,144 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
         raise UserError("model.attention=flash_attention_2 needs a GPU and hardware.precision=bf16; use model.attention=sdpa")
 
 
-def rephrase(error: Exception) -> str:
-    """One sentence for an error of Hydra's own composition."""
-    text, cause = str(error), str(error.__cause__ or "")
-    if match := re.search(r"Could not (?:find|load) '?([\w-]+)/([\w./-]+)'?", text):
+def rephrase(error: Exception, words: Sequence[str], command: str) -> str:
+    """One sentence for an error of Hydra's own composition of the override `words`."""
+    text, cause = str(error), error.__cause__
+    if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([\w.-]+)'", text):
         group, name = match.groups()
-        known = groups()
-        if group in known:
-            return f"there is no {group}={name}{nearest(name, known[group])}"
-    if match := re.search(r"Could not override '(?:[^@']*@)?([^']+)'", text):
-        key = match.group(1)
-        if key in groups():
-            return f"the group {key} is not part of this command"
-        return f"unknown key or group '{key}'{nearest_key(key)}"
-    if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text + "\n" + cause):
-        key = match.group(2)
-        return f"unknown key '{key}'{nearest_key(key)}"
+        options = [line.strip() for line in text.partition("Available options in")[2].partition("Config search path")[0].splitlines()[1:]]
+        return f"there is no {group}={name}{nearest(name, filter(None, options), f'{group}=')}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _not_in_config(match[1], getattr(cause, "parent_node", None), command)
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
-        return f"{match.group(1)} exists already; write {match.group(1)}=... without the +"
-    lines = [line.strip() for line in (text + "\n" + cause).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key", "object_type", "See https"))]
+        return f"{match[1]} exists already; write {match[1]}=... without the +"
+    if match := re.search(r"Multiple values for ([\w/]+)\.", text):
+        return f"{match[1]} is chosen already; write {match[1]}=... without the +"
+    if match := re.search(r"Ambiguous value for argument '(([^=']+)=[^']*)'", text):
+        return f"{match[1]} has several values; add -m to run a job for each, or write {match[2]}=[...] if it is meant as one list"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override, _first_line(error))
+    if isinstance(error, ValueError) and "Config group override" in text:
+        word = next((w for w in words if w.partition("=")[0] in ("", *groups())), "")
+        group = word.partition("=")[0] or "algo"
+        return f"{word}: a group is chosen by name, such as {group}={groups()[group][0]} (prefopt list {group})"
+    lines = [line.strip() for line in f"{text}\n{cause or ''}".splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("full_key", "object_type", "See https", "Config search path", "provider="))]
     return " ".join(dict.fromkeys(lines[:4]))
 
 
-def nearest_key(key: str) -> str:
-    """A hint for a mistyped key of `prefopt train`, searched where the user was looking first."""
-    known = all_keys(COMMANDS["train"])
+def _unreadable(word: str, reason: str) -> str:
+    """For a word that Hydra's grammar does not take."""
+    if "=" in word:
+        return f"cannot read '{word}' ({reason}); quote a value with blanks or special characters, as in \"key='a, b'\""
+    meant = [f"{group}={word}" for group, names in groups().items() if word in names]
+    return f"'{word}' is no override; " + (f"did you mean '{meant[0]}'?" if meant else f"write key=value, such as {word or 'seed'}=...")
+
+
+def _not_in_config(key: str, parent: Any, command: str) -> str:
+    """For an override of something that the composed config does not hold. `parent` is the part of it that Hydra looked in."""
+    group = key.partition("@")[0]
+    if group in groups() and ("@" in key or "." not in key):
+        return f"the group {group} is not part of this command" if key == group else f"{key}: prefopt has no packages; write {group}=..."
+    root = OmegaConf.to_container(parent._get_root(), resolve=False) if isinstance(parent, Node) else {}
+    known = dotted(root)
+    settings = root.get("algo")
+    fields_of = _fields(settings.get("_target_")) if isinstance(settings, dict) and key.startswith("algo.") else []
+    if fields_of and key[5:] not in fields_of:
+        return f"{key} is no setting of {settings['_target_'].rpartition('.')[2]}{nearest(key[5:], fields_of, 'algo.')}"
+    if fields_of or key in all_keys(COMMANDS[command]):
+        return f"{key} is left to its default by the chosen config; add it with a plus sign: +{key}=..."
+    if not key.startswith("hydra"):
+        known = [k for k in known if not k.startswith("hydra")]
+        known += [group for group in primary_groups(command) if group not in known]
+    return unknown_key(key, known)
+
+
+def _fields(target: Any) -> Sequence[str]:
+    try:
+        return list(read_objective(target).fields)
+    except UserError:
+        return []
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The sentence for an unknown key, with the nearest full name: a sibling, the same name elsewhere, or one that looks alike."""
     parent, _, leaf = key.rpartition(".")
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
-    if parent and siblings:
-        hint = nearest(leaf, siblings)
-        return hint.replace("'", f"'{parent}.", 1) if "did you mean" in hint else hint
-    return nearest(key, [*known, *groups()])
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    names = {k.rpartition(".")[2]: k for k in siblings}
+    same = [k for k in known if k.rpartition(".")[2] == leaf]
+    like = [names[n] for n in get_close_matches(leaf, names, n=1, cutoff=0.6)]
+    best = like or (same if len(same) <= 3 else []) or ([] if parent and siblings else get_close_matches(key, known, n=1, cutoff=0.7))
+    if best:
+        return f"unknown key '{key}'; did you mean {' or '.join(repr(k) for k in best)}?"
+    shown = siblings or [k for k in known if "." not in k]
+    return f"unknown key '{key}'; there {'is' if len(shown) == 1 else 'are'} {', '.join(shown)}"
 
 
-def all_keys(schema: type, prefix: str = "") -> list[str]:
-    """Full names of all keys of a dataclass tree."""
-    out = []
-    for f in fields(schema):
-        out.append(prefix + f.name)
-        nested = f.default_factory if f.default_factory is not MISSING else None
-        if isinstance(nested, type) and is_dataclass(nested):
-            out += all_keys(nested, f"{prefix}{f.name}.")
-    return out
+def dotted(tree: Any, prefix: str = "") -> list[str]:
+    """Full names of all keys of nested dicts."""
+    return [name for key, value in tree.items() for name in (prefix + str(key), *dotted(value, f"{prefix}{key}."))] \
+        if isinstance(tree, dict) else []
 
 
-def _unknown_key(error: OmegaConfBaseException, schema: type) -> str:
-    key = error.full_key or str(error.key)
-    parent, _, leaf = key.rpartition(".")
-    siblings = [k.rpartition(".")[2] for k in all_keys(schema) if k.rpartition(".")[0] == parent]
-    if leaf in siblings:
-        return f"{key}: {_first_line(error)}"
-    hint = nearest(leaf, siblings)
-    return f"unknown key '{key}'{hint.replace(chr(39), f'{chr(39)}{parent}.', 1) if parent and 'did you mean' in hint else hint}"
+def _check_keys(given: dict[str, Any], schema: type, present: list[str], prefix: str = "") -> None:
+    """Refuses keys that the schema does not have, and single values where it has a block of keys."""
+    known, kinds = {f.name: nested(f) for f in fields(schema)}, {f.name: f.type for f in fields(schema)}
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise UserError(unknown_key(name, [*all_keys(schema, prefix), *(k for k in present if k.startswith("algo."))]))
+        if kinds[key] == "bool" and type(value) in (int, float):
+            raise UserError(f"{name}={value}: it must be true or false")
+        if (block := known[key]) and not (isinstance(value, str) and value.startswith("${")):
+            if not isinstance(value, dict):
+                raise UserError(f"{name}={_shown(value)}: {name} is a block of keys; set one of them, such as {name}.{fields(block)[0].name}=...")
+            _check_keys(value, block, present, f"{name}.")
+
+
+EXPECTED = (
+    ("to Float", "a number, such as 1e-4"), ("to Integer", "a whole number"), ("valid bool", "true or false"),
+    ("is not a ListConfig", "a list, such as KEY=[...]"), ("ListConfig", "text"), ("DictConfig", "text"), ("not Optional", "something else than null"),
+)
+
+
+def _wrong_value(error: OmegaConfBaseException, given: dict[str, Any], cfg: DictConfig) -> str:
+    key, reason = error.full_key or next((k for k in dotted(given) if not _resolves(cfg, k)), "config"), _first_line(error)
+    value: Any = given
+    for part in key.split("."):
+        value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+    if value is not _ABSENT:
+        for words, what in EXPECTED:
+            if words in reason:
+                return f"{key}={_shown(value)}: it must be {what.replace('KEY', key)}"
+    return f"{key}: {reason}"
+
+
+def _resolves(cfg: DictConfig, key: str) -> bool:
+    try:
+        OmegaConf.select(cfg, key)
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    return (value or "''") if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _ranges(cfg: Any) -> None:
     for key, allowed in CHOICES.items():
         if (value := _dig(cfg, key)) is not _ABSENT and value not in allowed:
-            raise UserError(f"{key}={value} is none of {', '.join(allowed)}{_close(str(value), allowed)}")
+            close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean '{key}={close[0]}'?" if close else ""
+            raise UserError(f"{key}={_shown(value)} is none of {', '.join(allowed)}{hint}")
     for key, test, what in BOUNDS:
         value = _dig(cfg, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={_shown(value)}: it must be a finite number")
         if value is not _ABSENT and not eval(test, {"__builtins__": {}, "len": len, "all": all}, {"x": value}):
-            raise UserError(f"{key}={value}: it must be {what}")
+            raise UserError(f"{key}={_shown(value)}: it must be {what}")
 
 
 _ABSENT = object()
@@ -164,11 +249,6 @@ def _dig(cfg: Any, key: str) -> Any:
     for part in key.split("."):
         cfg = getattr(cfg, part, _ABSENT)
     return cfg
-
-
-def _close(value: str, allowed: tuple[str, ...]) -> str:
-    hint = nearest(value, allowed)
-    return hint if "did you mean" in hint else ""
 
 
 def _first_line(error: BaseException) -> str:

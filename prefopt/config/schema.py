@@ -5,7 +5,7 @@ Plain dataclasses on purpose (OmegaConf makes frozen ones read-only). Imports ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Optional
 
 REQUIRED = "???"
@@ -139,7 +139,7 @@ class LoopConfig:
 
 @dataclass
 class EvaluationConfig:
-    prompts: int = 64
+    prompts: int = 128
     kl: bool = True
 
 
@@ -253,3 +253,18 @@ class DataCheckConfig:
 
 
 COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig}
+
+
+def nested(f: Field) -> type | None:
+    """The dataclass that a field holds, if it holds one."""
+    return f.default_factory if f.default_factory is not MISSING and is_dataclass(f.default_factory) else None
+
+
+def all_keys(schema: type, prefix: str = "") -> list[str]:
+    """Full names of all keys of a dataclass tree."""
+    out = []
+    for f in fields(schema):
+        out.append(prefix + f.name)
+        if block := nested(f):
+            out += all_keys(block, f"{prefix}{f.name}.")
+    return out

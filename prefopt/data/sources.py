@@ -107,7 +107,7 @@ def _raw(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, st
             rows = tiny_feedback.rows(split, count, 0, cfg.label_noise if split == "train" else 0.0,
                                       cfg.length_bias if split == "train" else 0.0)
             return ((f"tiny-feedback {split} row {i + 1}", row) for i, row in enumerate(rows))
-        return made("train", cfg.limit or 2000), made("eval", cfg.eval_limit or 256), None
+        return made("train", cfg.limit or 4000), made("eval", cfg.eval_limit or 256), None
     if cfg.source == "bandit":
         return _numbered("bandit", bandit.pair_rows(cfg.label_noise)), _numbered("bandit", bandit.pair_rows(0.0)), None
     if cfg.source == "hub":
@@ -161,6 +161,12 @@ def _files(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, 
 
 
 READERS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def check_files(cfg: DataConfig) -> None:
+    """Raises `UserError` if `cfg` names files and they are not there. Reads none of them."""
+    if cfg.source == "files":
+        _files(cfg)
 
 
 def _expand(path: Path, key: str) -> list[Path]:

@@ -215,13 +215,8 @@ class Tokeniser:
         return out
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-        # Some byte-level tokenizers leave white space out of their offsets; here a token starts where the one before it ended, at most.
-        place = 0
-        for i, (s, e) in enumerate(offsets):
-            offsets[i] = (min(s, place), e)
-            place = e
         bos = self.tokenizer.bos_token_id
         if self.adds_bos and ids[:1] != [bos]:
             ids, offsets = [bos, *ids], [(0, 0), *offsets]

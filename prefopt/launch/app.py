@@ -2,55 +2,131 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import importlib
 import os
 import re
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import hydra
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prefopt.config.catalogue import GROUPS
 from prefopt.config.compose import rephrase, typed
+from prefopt.config.completion import OPTIONS
 from prefopt.config.schema import TrainConfig
-from prefopt.errors import UserError
+from prefopt.data.sources import check_files
+from prefopt.errors import UserError, nearest
 from prefopt.launch import multirun
 from prefopt.launch.local import run_here
-from prefopt.training.rundir import claim
+from prefopt.training.rundir import claim, release
 
 
-def run(command: str, overrides: list[str]) -> Any:
-    """Runs `train`, `eval`, `sample` or `data_check` with Hydra's command line `overrides`; returns what the command returned."""
+def run(command: str, words: list[str]) -> Any:
+    """Runs `train`, `eval`, `sample` or `data_check` with the command line `words`; returns what the command returned."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and the sentence is ours
+    version.setbase("1.3")
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", str(text)), replace=True)
+    OmegaConf.register_new_resolver("output_dir", _output_dir, replace=True)
     _register_launcher()
+    sys.argv = ["prefopt", *command.split("_"), *words]  # what the manifest shows, however this function was reached
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parse(parser, words)
+    if args.multirun and command != "train":
+        raise UserError(f"-m makes sweeps of prefopt train; run prefopt {' '.join(command.split('_'))} once for each")
     result: list[Any] = []
     failed: list[BaseException] = []
+    MADE.clear()
 
     def task(cfg: DictConfig) -> None:
         try:
             config = typed(cfg, command, HydraConfig.get().runtime.choices.get("algo"))
             result.append(TASKS[command](config))
         except BaseException as error:  # Hydra would print its own line about it; it is raised again outside
-            remove_empty(Path(HydraConfig.get().runtime.output_dir))
             failed.append(error)
 
-    # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
-    overrides = [re.sub(r"^\+(experiment|sweep|debug)=", r"\1=", o) for o in overrides]
-    sys.argv = [f"prefopt {command}", *overrides]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://prefopt.conf", config_name=command)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(rephrase(error)) from error
+        _run_hydra(args=args, args_parser=parser, task_function=task, config_path="pkg://prefopt.conf", config_name=command)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(rephrase(error, args.overrides, command)) from error
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise UserError(f"the folder {error.filename} cannot be made ({error.strerror}); choose another hydra.run.dir") from error
+        raise
+    finally:
+        remove_made()
     if failed:
         raise failed[0]
     return result[0] if result else None
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's options and overrides, in any order. Refuses what Hydra would take and prefopt cannot answer for."""
+    words = ["--info=all" if w in ("--info", "-i") and "=" in "".join(words[i + 1 : i + 2]) else w for i, w in enumerate(words)]
+    args = parser.parse_intermixed_args(words)
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun reads a pickle, which could run any code; repeat the command of the run's manifest.json instead")
+    # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
+    args.overrides = [re.sub(r"^\+(experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
+    for word in args.overrides:
+        if word.startswith("~") and (key := word[1:].partition("=")[0]) not in GROUPS and not key.startswith("hydra"):
+            raise UserError(f"{word}: a key cannot be taken away, it would silently fall back to a default; set it: {key}=...")
+    return args
+
+
+def refuse(message: str) -> NoReturn:
+    """What argparse says about an option, in one sentence."""
+    if match := re.search(r"unrecognized arguments: (.*)", message):
+        word = match[1].split()[0]
+        raise UserError(f"unknown option {word}{nearest(word, OPTIONS)}")
+    raise UserError(re.sub(r"^argument (\S+?)(/-\w+)*:", r"\1:", message))
+
+
+# Files and folders that Hydra or a command is about to make, deepest first: those that stay empty are taken back.
+MADE: list[Path] = []
+
+
+def note(path: Path) -> None:
+    MADE.extend(p for p in (path, *path.parents) if p not in MADE and not p.exists())
+
+
+def remove_made() -> None:
+    """A command that was refused leaves nothing behind, neither the folder of its run nor the folders above it."""
+    for path in MADE:
+        if path.name == "multirun.yaml" and not path.with_name("sweep.json").exists():
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+class Folders(Callback):
+    """Called by Hydra before it makes a folder (see `hydra.callbacks` in conf/train.yaml)."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        HydraConfig.instance().set_config(config)
+        note(Path(config.hydra.run.dir).absolute())
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        HydraConfig.instance().set_config(config)
+        note(Path(config.hydra.sweep.dir).absolute() / "multirun.yaml")
+
+
+def _output_dir() -> str:
+    """The run's folder. With --cfg there is no run yet, and it is the folder that one would have."""
+    hydra = HydraConfig.get()
+    return hydra.run.dir if OmegaConf.is_missing(hydra.runtime, "output_dir") else hydra.runtime.output_dir
 
 
 def _register_launcher() -> None:
@@ -65,18 +141,16 @@ def _register_launcher() -> None:
     plugins.register(multirun.JobLauncher)
 
 
-def remove_empty(folder: Path) -> None:
-    """Hydra makes the output folder before a command can refuse; an empty one is taken back."""
-    while folder != Path.cwd() and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
-
-
 def train(cfg: TrainConfig) -> dict[str, Any]:
+    check_files(cfg.data)
+    note(Path(cfg.run_dir).absolute())
     if claim(cfg, cfg.algo["name"]) == "finished":
         print(f"{cfg.run_dir} is finished; choose another hydra.run.dir to run again", file=sys.stderr)
         return {"finished": True}
-    return run_here(cfg)
+    try:
+        return run_here(cfg)
+    finally:
+        release(Path(cfg.run_dir))
 
 
 def evaluate(cfg: Any) -> dict[str, Any]:

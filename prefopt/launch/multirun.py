@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from prefopt.config.compose import typed
 from prefopt.config.schema import TrainConfig
+from prefopt.data.sources import check_files
 from prefopt.errors import RunFailed, UserError
 from prefopt.launch.local import forwarding, worker_command, worker_environment
-from prefopt.training.rundir import claim, read_status, write_atomic
+from prefopt.training.rundir import claim, read_status, release, write_atomic
 
 
 class JobLauncher(Launcher):
@@ -35,7 +36,7 @@ class JobLauncher(Launcher):
         board = Board(sweep, [(overrides, cfg.run_dir) for overrides, cfg in jobs])
         for number, (overrides, cfg) in enumerate(jobs):
             board.set(number, "running")
-            print(f"job {number + 1}/{len(jobs)}: {' '.join(overrides)}", file=sys.stderr)
+            print(f"job {number + 1}/{len(jobs)}: {' '.join(overrides) or 'no overrides'}", file=sys.stderr)
             state, message = run_job(cfg, overrides)
             board.set(number, state, message)
             if state == "stopped":
@@ -57,9 +58,11 @@ class JobLauncher(Launcher):
             config.hydra.runtime.output_dir = str(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
         HydraConfig.instance().set_config(config)
         try:
-            return overrides, typed(config, "train", config.hydra.runtime.choices.algo)
+            cfg = typed(config, "train", config.hydra.runtime.choices.algo)
+            check_files(cfg.data)
+            return overrides, cfg
         except UserError as error:
-            raise UserError(f"job {number} ({' '.join(overrides)}): {error}") from error
+            raise UserError(f"job {number + 1} ({' '.join(overrides)}): {error}. No job was started.") from error
 
     def _returned(self, overrides: list[str]) -> JobReturn:
         done = JobReturn(overrides=overrides, cfg=OmegaConf.create(), hydra_cfg=OmegaConf.create(), status=JobStatus.COMPLETED)
@@ -86,7 +89,7 @@ class Board:
         lines = [f"{'state':<9} {'seconds':>8}  job"]
         for job in self.jobs:
             note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] == "failed" and job["message"] else ""
-            lines.append(f"{job['state']:<9} {job['seconds']:>8.1f}  {' '.join(job['overrides'])}{note}")
+            lines.append(f"{job['state']:<9} {job['seconds']:>8.1f}  {' '.join(job['overrides']) or 'no overrides'}{note}")
         return "\n".join(lines)
 
 
@@ -103,10 +106,12 @@ def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
                                    stdin=subprocess.DEVNULL, start_new_session=True)
         with forwarding(process) as stop:
             code = process.wait()
+    status = read_status(folder)
+    release(folder)
     if stop:
         return "stopped", "stopped by a signal; the same command continues it"
     if code == 0:
         return "finished", ""
     said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    reason = read_status(folder).get("message") or (said[-1] if said else "")
+    reason = status.get("message") or (said[-1] if said else "")
     return "failed", f"exit code {code}: {reason}"

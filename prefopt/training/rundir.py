@@ -46,10 +46,10 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
 
     Raises `UserError` if the folder holds another run, or files that are none.
     """
-    folder, config = Path(cfg.run_dir), plain_config(cfg, algo_name)
+    folder, config = Path(cfg.run_dir), redact(plain_config(cfg, algo_name))
     known = folder / "config.yaml"
     if known.is_file():
-        old = yaml.safe_load(known.read_text())
+        old = _read_config(known)
         if changed := differences(identity(old), identity(config)):
             raise UserError(
                 f"{folder} belongs to a run with another config ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}). "
@@ -58,11 +58,20 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
         if cfg.resume == "never":
             raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
         return "finished" if read_status(folder).get("state") == "finished" else "resume"
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run of prefopt; choose another hydra.run.dir")
+    # A job of a sweep leaves its log.txt, even if it never began.
+    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name != "log.txt")):
+        raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); "
+                        "choose another hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(known, yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
+    write_atomic(known, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return "fresh"
+
+
+def release(folder: Path) -> None:
+    """Takes back what a run that never began has written, so that a corrected command can have the folder."""
+    if not (folder / "status.json").exists():
+        for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def plain_config(cfg: TrainConfig, algo_name: str) -> dict[str, Any]:
@@ -75,14 +84,29 @@ def plain_config(cfg: TrainConfig, algo_name: str) -> dict[str, Any]:
 def load_run_config(folder: Path) -> TrainConfig:
     """The config of an existing run folder."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     known = folder / "config.yaml"
     if not known.is_file():
         beside = [p.parent.name for p in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
         raise UserError(f"{folder} holds no run (there is no config.yaml in it){nearest(folder.name, beside)}")
-    cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(known))
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), _read_config(known))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{known} is no config of this version of prefopt ({str(error).splitlines()[0]})") from error
     cfg.run_dir = str(folder)
     return OmegaConf.to_object(cfg)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no keys")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({said}); choose another folder, or put the run's own config.yaml back") from error
+    return config
 
 
 def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "") -> None:

@@ -264,7 +264,7 @@ def kl_drift(model, reference, edges):
         return sum((p.sum() - r.sum()).item() for p, r in both)
 
 
-@pytest.mark.parametrize(("seed", "positive"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("seed", "positive"), [(1, True), (7, False)])
 def test_kto(tmp_path, seed, positive):
     """On the same mismatched replies, with a KL estimate above 0 and with one that is clamped."""
     reference = llama(seed)

@@ -309,6 +309,19 @@ def test_a_hub_split_that_is_not_there_and_a_dataset_that_is_not(hub):
         load_data(from_yaml("ultrafeedback", path=str(hub / "nowhere")))
 
 
+@pytest.mark.parametrize(("file", "commit"), [
+    ("hf://datasets/x/y@0123abc/data/train.parquet", "0123abc"), ("/home/me@work/y/train.parquet", "v1.0"),
+])
+def test_the_commit_that_the_hub_resolved_is_kept(monkeypatch, file, commit):
+    import datasets
+
+    table = datasets.Dataset.from_list(pairs(3))
+    table.info.download_checksums = {file: {"num_bytes": 1}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, revision, name: {"train": table})
+    train, _ = load_data(data_config(source="hub", path="x/y", train="train", revision="v1.0"))
+    assert train.revision == commit and len(train.examples) == 3
+
+
 @pytest.mark.parametrize("name", ["jsonl", "parquet"])
 def test_configs_for_your_own_files(tmp_path, name):
     train, held_out = load_data(from_yaml(name, path=str(write(tmp_path / f"a.{name}", pairs(100)))))

@@ -119,6 +119,18 @@ def test_trap_02_a_turn_rewritten_only_by_the_next_reply_is_an_error():
         t(example(messages=turns("Hello", "yes", "and", "no")))
 
 
+def test_trap_02_a_turn_rewritten_where_a_reply_is_asked_for_is_an_error():
+    words = toy.tokenizer("bytes")
+    words.chat_template = (
+        "{% for m in messages %}{{ m['content'] | upper if not loop.last and (add_generation_prompt or messages | length > 3)"
+        " else m['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    t = Tokeniser(words, data_config(), 512)
+    assert t(example(messages=turns("HELLO", "yes")))
+    with pytest.raises(BadRow, match="renders the prompt differently"):
+        t(example(messages=turns("HELLO", "yes", "AND", "no")))
+
+
 def test_trap_02_default_system_text_stands_in_the_prompt():
     out = tokeniser("bytes", "system")(pair())
     t = tokeniser("bytes", "system")

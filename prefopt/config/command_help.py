@@ -1,0 +1,58 @@
+"""`prefopt <command> --help`: what it takes, read from `conf/` and the schema. Imports neither torch nor Hydra."""
+
+from __future__ import annotations
+
+from prefopt.config import catalogue
+from prefopt.config.completion import primary_groups
+from prefopt.config.schema import COMMANDS
+
+SWEEP = "\n  -m, --multirun       a sweep: one job for each combination of comma lists, as in -m algo=dpo,ipo seed=0,1,2"
+HYDRA_OPTIONS = """
+  --cfg job            print the config as composed, run nothing; with --resolve also its ${...} references
+  --info               print where the config comes from
+  --config-dir FOLDER  your own groups (FOLDER/algo/mine.yaml is algo=mine); hydra.searchpath=[file:///FOLDER] does the same
+  --hydra-help         the other options of Hydra"""
+
+EXAMPLES = {
+    "train": """examples
+  prefopt train algo=simpo model=tiny-lm
+  prefopt train debug=fast                                    four steps, to see that everything holds together
+  prefopt train +experiment=dpo_llama3-8b                     a paper's recipe
+  prefopt train -m algo=dpo,ipo seed=0,1,2                    a sweep
+  prefopt train data=jsonl data.path=pairs.jsonl model=smollm2-135m
+  prefopt train hydra.run.dir=runs/mine                       the run's folder (hydra.sweep.dir=... for a sweep); the same command continues it""",
+    "eval": "example\n  prefopt eval run=runs/mine prompts=128 sampler=greedy",
+    "sample": "example\n  prefopt sample run=runs/mine prompt=\"Tell me about the fox at the harbour.\" count=2",
+    "data_check": "example\n  prefopt data check data=jsonl data.path=pairs.jsonl model=smollm2-135m",
+}
+
+OTHERS = {
+    "list": """prefopt list [GROUP] [--view VIEW] [--needs NEED]: what there is to choose from
+
+  GROUP        one of {groups}
+  --view VIEW  algorithms that read this kind of data: {views}
+  --needs NEED algorithms that need this (no-NEED: that do not): {needs}""",
+    "show": "prefopt show NAME: all about an algorithm, model, dataset, ...\n\nexample\n  prefopt show dpo",
+    "doctor": "prefopt doctor: versions, devices, folders and keys of this machine; exit code 1 if something must be mended",
+    "completion": 'prefopt completion bash|zsh|fish: a completion script\n\nexample\n  eval "$(prefopt completion bash)"',
+}
+
+
+def help_text(command: str) -> str:
+    """Help of one command."""
+    if command in OTHERS:
+        words = {"groups": catalogue.GROUPS, "views": catalogue.VIEWS, "needs": catalogue.NEEDS}
+        return OTHERS[command].format(**{key: ", ".join(value) for key, value in words.items()})
+    command = "data_check" if command == "data" else command
+    assert command in COMMANDS
+    entries = catalogue.load_yaml(".", command)["defaults"]
+    chosen = {key: value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
+    names = catalogue.groups()
+    rows = [(f"{g}={chosen[g] or ''}", ", ".join(names[g])) for g in primary_groups(command)]
+    keys = {k: line for k, line in catalogue.resolved_keys(".", command).items() if k.partition(".")[0] != "hydra"}
+    return "\n".join([
+        *catalogue.header(".", command), "", f"usage: prefopt {command.replace('_', ' ')} [options] [GROUP=NAME ...] [KEY=VALUE ...]",
+        "", "groups (with the default choice; prefopt show NAME lists the keys that a choice brings, such as algo.beta)",
+        *catalogue.table(rows, "  "), "", "keys", *catalogue.keys_text(keys, "  "), "",
+        "options (Hydra's; in any order with the overrides)" + (SWEEP if command == "train" else "") + HYDRA_OPTIONS, "", EXAMPLES[command],
+    ])
