@@ -1,0 +1,97 @@
+"""Every hub model's config, with a small random model of that architecture in place of the weights; and W&B on a real run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from tests import toy
+from tests.toy_runs import train
+from tests.wandb_reader import read_run
+
+from prefopt.cli import main
+from prefopt.config.catalogue import groups, resolved_keys
+from prefopt.training import checkpoint
+
+HUB_MODELS = [m for m in groups()["model"] if m not in ("bandit",) and not m.startswith("tiny-lm")]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A few chat pairs in a file."""
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [{"prompt": f"How many legs has animal {i}?", "chosen": f"It has {i} legs.", "rejected": "I will not say."} for i in range(16)]
+    file.write_text("\n".join(json.dumps(r) for r in rows))
+    return file
+
+
+@pytest.mark.parametrize("model", HUB_MODELS)
+@pytest.mark.parametrize("algo", ["dpo", "simpo"])
+def test_hub_models_train_from_a_local_folder_of_their_architecture(model, algo, pairs, tmp_path):
+    # A base model comes without a chat template; its config must bring one.
+    base = resolved_keys("model", model)["chat_template"].value != "null"
+    folder = toy.save_model(tmp_path / "model", "llama", None if base else "chatml" if "smol" in model else "llama3")
+    run = tmp_path / "run"
+    assert train(run, f"algo={algo}", f"model={model}", f"model.path={folder}", "data=jsonl", f"data.path={pairs}",
+                 "data.eval_fraction=0.25", "sampler.max_new_tokens=8") == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["model"]["where"] == f"local folder {folder}"
+    if model.endswith("-lora"):
+        assert (run / "model" / "adapter_model.safetensors").is_file()
+        assert manifest["trainable_parameters"] < manifest["parameters"]
+        assert all("lora" in name for name in load_file(checkpoint.steps(run / "checkpoints")[-1] / "weights.safetensors"))
+    else:
+        assert (run / "model" / "config.json").is_file()
+        assert manifest["trainable_parameters"] == manifest["parameters"]
+
+
+def test_the_saved_model_is_a_plain_transformers_folder_that_can_be_trained_on(pairs, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = toy.save_model(tmp_path / "model")
+    common = ["model=llama3-8b-instruct", "data=jsonl", f"data.path={pairs}", "sampler.max_new_tokens=8", "evaluation.prompts=0"]
+    assert train(tmp_path / "a", f"model.path={folder}", *common) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "a" / "model").chat_template
+    assert train(tmp_path / "b", f"model.path={tmp_path / 'a' / 'model'}", *common) == 0
+
+
+def test_wandb_offline_of_a_real_run_is_read_back(tmp_path, tiny_lm, monkeypatch):
+    for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    run = tmp_path / "run"
+    assert train(run, "tracker=wandb-offline") == 0
+    import wandb
+
+    wandb.teardown()
+    history = WandbHistory(run)
+    assert [round(v, 5) for v in history.values("train/loss")] == [round(r["loss"], 5) for r in history.jsonl("train")]
+    assert history.values("eval/true_reward") == pytest.approx([r["true_reward"] for r in history.jsonl("eval")])
+    secret = b"0123456789abcdef0123456789abcdef01234567"
+    assert all(secret not in f.read_bytes() for f in run.rglob("*") if f.is_file())
+
+
+class WandbHistory:
+    """Scalars of an offline run file beside the metrics.jsonl of the same run."""
+
+    def __init__(self, run):
+        self.run, self.rows = run, read_run(next((run / "wandb").glob("offline-run-*/*.wandb")))
+
+    def values(self, key):
+        return [row[key] for row in self.rows.history if key in row]
+
+    def jsonl(self, split):
+        from prefopt.tracking.tracker import read_jsonl
+
+        return [r for r in read_jsonl(self.run / "metrics.jsonl") if r["split"] == split]
+
+
+def test_a_multirun_over_two_objectives_and_two_seeds(tmp_path):
+    sweep = tmp_path / "sweep"
+    assert main(["train", "-m", "algo=dpo,ipo", "seed=0,1", "model=bandit", "data=bandit", "hardware=cpu", "train.steps=2",
+                 f"hydra.sweep.dir={sweep}"]) == 0
+    jobs = json.loads((sweep / "sweep.json").read_text())
+    assert len(jobs) == 4 and {j["state"] for j in jobs} == {"finished"}
+    assert len(list(sweep.glob("*/report.html"))) == 4
