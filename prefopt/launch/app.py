@@ -166,7 +166,7 @@ def sample(cfg: Any) -> None:
 
 
 def data_check(cfg: Any) -> None:
-    from prefopt.data.check import check_text
+    from prefopt.evaluation.data_check import check_text
 
     print(check_text(cfg))
 

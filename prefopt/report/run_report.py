@@ -30,7 +30,7 @@ from prefopt.tracking.redact import redact
 # makes a reply e times less likely. On long replies that is little, so 2 % of the start is asked as well.
 DISPLACEMENT_NATS = 1.0
 DISPLACEMENT_SHARE = 0.02
-# Seeds and temperature move mean lengths by some per cent; 30 % is about where judges are known to be swayed.
+# Sampling noise moves mean lengths by some per cent; 30 % is far outside, and enough to sway a judge.
 LENGTH_GROWTH = 0.30
 # A fall below the best reward must exceed both intervals; where there are none, a tenth of its size.
 OVEROPTIMISATION_DROP = 0.10
@@ -210,8 +210,8 @@ def _overoptimisation(evals: list[Row]) -> Alarm | None:
         f"True reward was {number(best['true_reward'])} at step {best['step']:.0f} and is "
         f"{number(last['true_reward'])} at step {last['step']:.0f}, while {name}: the policy now fits the "
         "pairs at the expense of what they stand for (over-optimisation).\n"
-        f"Use the checkpoint near step {best['step']:.0f}, or train again with fewer steps, a higher beta or "
-        "a lower learning rate; noisy labels make this worse.",
+        f"Use the checkpoint near step {best['step']:.0f} if it was kept, or train again with fewer steps, a "
+        "higher beta or a lower learning rate; noisy labels make this worse.",
     )  # fmt: skip
 
 

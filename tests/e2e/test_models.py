@@ -8,10 +8,11 @@ import pytest
 from safetensors.torch import load_file
 from tests import toy
 from tests.toy_runs import train
-from tests.wandb_reader import read_run
+from tests.wandb_reader import records
 
 from prefopt.cli import main
 from prefopt.config.catalogue import groups, resolved_keys
+from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 
 HUB_MODELS = [m for m in groups()["model"] if m not in ("bandit",) and not m.startswith("tiny-lm")]
@@ -66,26 +67,22 @@ def test_wandb_offline_of_a_real_run_is_read_back(tmp_path, tiny_lm, monkeypatch
     import wandb
 
     wandb.teardown()
-    history = WandbHistory(run)
-    assert [round(v, 5) for v in history.values("train/loss")] == [round(r["loss"], 5) for r in history.jsonl("train")]
-    assert history.values("eval/true_reward") == pytest.approx([r["true_reward"] for r in history.jsonl("eval")])
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert logged(run, "train/loss") == pytest.approx([r["loss"] for r in rows if r["split"] == "train"])
+    assert logged(run, "eval/true_reward") == pytest.approx([r["true_reward"] for r in rows if r["split"] == "eval"])
+    assert len(logged(run, "samples.path")) == len(logged(run, "report.path")) == 1
     secret = b"0123456789abcdef0123456789abcdef01234567"
     assert all(secret not in f.read_bytes() for f in run.rglob("*") if f.is_file())
 
 
-class WandbHistory:
-    """Scalars of an offline run file beside the metrics.jsonl of the same run."""
-
-    def __init__(self, run):
-        self.run, self.rows = run, read_run(next((run / "wandb").glob("offline-run-*/*.wandb")))
-
-    def values(self, key):
-        return [row[key] for row in self.rows.history if key in row]
-
-    def jsonl(self, split):
-        from prefopt.tracking.tracker import read_jsonl
-
-        return [r for r in read_jsonl(self.run / "metrics.jsonl") if r["split"] == split]
+def logged(run, key):
+    """Values of a metric in the offline run file, in order."""
+    found = []
+    for record in records(next((run / "wandb").glob("offline-run-*/*.wandb"))):
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found += [row[key]] if key in row else []
+    return found
 
 
 def test_a_multirun_over_two_objectives_and_two_seeds(tmp_path):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from prefopt.config.schema import DataCheckConfig, DataConfig, ModelConfig
-from prefopt.data.check import MARKS, at_share, check_text, marked, percentiles
+from prefopt.evaluation.data_check import MARKS, at_share, check_text, marked, percentiles
 from prefopt.data.tokenise import Branch
 from prefopt.errors import UserError
 from prefopt.policies import causal_lm

@@ -75,9 +75,8 @@ def make_run(folder: Path, steps: int = 200, prompts: int = 64, seed: int = 0) -
         if step:
             rows.append(train_row(step, steps, rng))
         if step % max(1, steps // 8) == 0:
-            written = sample_rows(step, step / steps, prompts, rng)
-            samples += written
-            rows.append(eval_row(step, steps, written))
+            samples += sample_rows(step, step / steps, prompts, rng)
+            rows.append(eval_row(step, steps, samples[-prompts:]))
     config = {
         "algo": {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}, "model": {"name": "tiny-lm"},
         "data": {"name": "tiny_feedback"}, "seed": 3, "optim": {"lr": 5e-5, "schedule": "cosine"},
@@ -86,9 +85,8 @@ def make_run(folder: Path, steps: int = 200, prompts: int = 64, seed: int = 0) -
     manifest = {
         "command": ["prefopt", "train", "algo=dpo", "model=tiny-lm", "seed=3"],
         "started": "2026-01-15T10:21:07+00:00", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "platform": "Linux x86_64", "device": "cpu", "threads": 2,
+        "platform": "Linux x86_64", "device": "cpu", "threads": 2, "data": {"train": 2000, "eval": 256},
         "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
-        "data": {"train": 2000, "eval": 256, "hash": "sha256:4f1c"},
     }  # fmt: skip
     status = {"state": "finished", "step": steps, "total_steps": steps, "seconds": 84.2}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -120,9 +118,7 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.stack: list[str] = []
-        self.words: list[str] = []
+        self.tags, self.stack, self.words = [], [], []
         self.feed(text)
         self.text = re.sub(r"\s+", " ", " ".join(self.words))
 
@@ -149,7 +145,7 @@ def run(tmp_path_factory) -> Path:
 def test_a_full_run_shows_every_part(run):
     html, seen = page(run), Tags(page(run))
     assert not seen.stack, "every tag is closed"
-    assert html.lstrip().lower().startswith("<!doctype html>")
+    assert html.lstrip().startswith("<!doctype html>")
     for words in (
         "dpo on tiny-lm with tiny_feedback", "finished", "True reward rose from", "Figure 1. True reward.",
         "Figure 10.", "Log-probability of the replies", "Reward against KL", "Gradient norm", "Learning rate",
@@ -180,20 +176,19 @@ def test_everything_models_and_data_say_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>\"'&</pre></details><img src=x onerror=alert(1)>"
     folder = make_run(tmp_path / "run", steps=8, prompts=8)
     samples = read_lines(folder / "samples.jsonl")
-    evil_sample = {"prompt": evil, "completion": evil * 20}
-    write_lines(folder / "samples.jsonl", [s | evil_sample | {"id": f"{evil}{s['id']}"} for s in samples])
+    samples = [s | {"prompt": evil, "completion": evil * 20, "id": f"{evil}{s['id']}"} for s in samples]
+    write_lines(folder / "samples.jsonl", samples)
     rows = [row | {f"loss/{evil}": 0.1, "loss/other": 0.1} for row in read_lines(folder / "metrics.jsonl")]
     write_lines(folder / "metrics.jsonl", rows)
-    named = {"name": evil, evil: 0.1}
-    config = {"algo": named, "model": named, "data": named, "seed": evil}
+    config = {part: {"name": evil, evil: 0.1} for part in ("algo", "model", "data")} | {"seed": evil}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     write_json(folder / "manifest.json", {"command": ["prefopt", evil], "started": evil, evil: [evil]})
     write_json(folder / "status.json", {"state": "failed", "step": evil, "message": evil})
     html = page(folder)
-    seen = Tags(html)
-    assert not {"script", "img"} & {tag for tag, _ in seen.tags}
+    tags = [tag for tag, _ in Tags(html).tags]
+    assert not {"script", "img"} & set(tags)
     assert "<script" not in html and "&lt;script&gt;" in html
-    assert html.count("<title>") - 1 == sum("circle" == tag for tag, _ in seen.tags)
+    assert html.count("<title>") - 1 == tags.count("circle"), "no title was closed and opened by data"
 
 
 def test_odd_text_survives(tmp_path):
@@ -337,15 +332,14 @@ def test_the_verdict_has_the_numbers():
 
 def test_the_interval_of_the_difference():
     rows = two_evals(true_reward=(0.0, 1.0), true_reward_low=(-0.3, 0.6), true_reward_high=(0.3, 1.4))
-    low, high = difference_interval(tidy(rows, "eval"), "true_reward")
-    assert (low, high) == pytest.approx((0.5, 1.5))
+    assert difference_interval(tidy(rows, "eval"), "true_reward") == pytest.approx((0.5, 1.5))
     assert "(95 % interval of the difference 0.50 to 1.50)" in verdict(rows, {})
     gains = [0.8, 0.9, 1.0, 1.1, 1.2]
     samples = [{"step": 0, "id": i, "reward": 3.0 * (i - 2)} for i in range(5)]
     samples += [{"step": 100, "id": i, "reward": 3.0 * (i - 2) + gains[i]} for i in range(5)]
-    low, high = difference_interval(tidy(rows, "eval"), "true_reward", samples)
     half = 2.776 * stdev(gains) / math.sqrt(5)  # Student's t, four degrees of freedom
-    assert (low, high) == pytest.approx((1 - half, 1 + half), rel=0.01)
+    paired = difference_interval(tidy(rows, "eval"), "true_reward", samples)
+    assert paired == pytest.approx((1 - half, 1 + half), rel=0.01)
     other = [s | {"reward": 9.0} for s in samples]  # not what the metrics were made from
     assert difference_interval(tidy(rows, "eval"), "true_reward", other)[0] == pytest.approx(0.5)
 
@@ -443,9 +437,8 @@ def test_alarms_show_in_the_banner_and_the_section(run, tmp_path):
     seen = Tags(page(with_rows(run, tmp_path, displace)))
     links = {attributes["href"][1:] for _, attributes in seen.tags if "href" in attributes}
     assert links == {"alarms"} <= {attributes.get("id") for _, attributes in seen.tags}
-    text = seen.text
-    assert "2 alarms: Chosen replies became less likely; replies grew much longer" in text
-    assert "fell by 10.0 nats, that of rejected ones by 20.0. Any margin grew only because" in text
+    assert "2 alarms: Chosen replies became less likely; replies grew much longer" in seen.text
+    assert "fell by 10.0 nats, that of rejected ones by 20.0. Any margin grew only because" in seen.text
 
 
 def test_samples_are_in_order_and_the_extremes_are_the_extremes(run):
