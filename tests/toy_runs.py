@@ -17,6 +17,7 @@ FAST = ["debug=fast", "hardware=cpu", "hardware.threads=1"]
 
 def train(folder: Path, *overrides: str) -> int:
     """`prefopt train` into `folder`; returns the exit code."""
+    AcceleratorState._reset_state(True)  # accelerate fixes the precision of a process at its first use
     return main(["train", f"hydra.run.dir={folder}", *FAST, *overrides])
 
 

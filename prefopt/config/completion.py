@@ -16,8 +16,7 @@ from prefopt.errors import UserError, nearest
 TOP = ("train", "eval", "sample", "list", "show", "data", "doctor", "completion", "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
-AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"),
-         "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")}
+AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
 HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath")
 RUN_KEYS = ("run", "hydra.run.dir", "hydra.sweep.dir")
 PATH_KEYS = ("data.path", "model.path", "model.lora.adapter", "output")
@@ -94,8 +93,8 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
     command = "data_check" if command == "data" else command
     if command not in COMMANDS:
         return []
-    if last in AFTER and (last != "--info" or not current):
-        return [*AFTER[last], *(() if last != "--info" else _override(command, before, current))]
+    if last in AFTER:
+        return AFTER[last]
     if last in ("--config-dir", "-cd"):
         return _paths(current, folders=True)
     if current.startswith("-"):
@@ -109,10 +108,10 @@ def _override(command: str, before: Sequence[str], current: str) -> Iterable[str
     if equals:
         done, comma, _ = value.rpartition(",")
         return [f"{sign}{key}={done}{comma}{v}" for v in _values(command, before, key, value[len(done + comma) :])]
-    names = [f"{group}=" for group in _groups(command, before)] + [f"{k}=" for k in HYDRA]
-    names += [f"{k}=" for k in (*all_keys(COMMANDS[command]), *_algo_keys(before))]
-    blocks = {k for k in all_keys(COMMANDS[command]) if f"{k}." in "".join(f" {n}" for n in names)}
-    names = [n for n in names if n[:-1] not in blocks or n[:-1] in _groups(command, before)]
+    known = _groups(command, before)
+    keys = [*all_keys(COMMANDS[command]), *(_algo_keys(before) if "algo" in known else ()), *HYDRA]
+    keys = [k for k in keys if not any(other.startswith(f"{k}.") for other in keys)]  # a block of keys has no value of its own
+    names = [f"{name}=" for name in (*known, *keys)]
     # One level at a time, as with folders.
     depth = key.count(".") + 1
     return {sign + (n if n.count(".") < depth else ".".join(n.split(".")[:depth]) + ".") for n in names}
@@ -165,8 +164,7 @@ def _algo_keys(before: Sequence[str]) -> list[str]:
 
 def _runs(value: str) -> list[str]:
     """Run folders, and folders that may hold some (a sweep's): from runs/ if nothing is typed yet."""
-    found = [p for p in _paths(value or "runs/", folders=True)]
-    return [p.rstrip("/") if Path(p, "config.yaml").is_file() else p for p in found]
+    return [p.rstrip("/") if Path(p, "config.yaml").is_file() else p for p in _paths(value or "runs/", folders=True)]
 
 
 def _paths(value: str, folders: bool = False) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefopt.data.batch import MicroBatch
 from prefopt.data.records import Example, Message
 from prefopt.data.tokenise import Tokeniser, Tokens
 from prefopt.errors import UserError
-from prefopt.policies.locate import Located, locate
+from prefopt.policies.locate import Located, locate, plain
 
 
 @dataclass
@@ -173,6 +174,7 @@ def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: t
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has one progress line of its own
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
     config = _load_config(located, trust)
     for part in (config, config.get_text_config()):
         for name, value in list(vars(part).items()):
@@ -182,10 +184,11 @@ def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: t
             elif name == "layerdrop":
                 part.layerdrop = 0.0
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=cfg.attention,
             trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True,
         )
+        return plain(model) if located.gguf_file else model
     except Exception as error:
         raise _refusal("model", located, error) from error
 
@@ -193,6 +196,11 @@ def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: t
 def _refusal(what: str, located: Located, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(f"{located.where} wants to run its own Python code; allow it with trust.remote_code=true")
+    folder = Path(located.folder)
+    pickled = sorted(f.name for f in folder.glob("*.bin") if "model" in f.name)
+    if what == "model" and pickled and not any(folder.glob("*.safetensors")):
+        return UserError(f"{located.where} has its weights in {pickled[0]}, a pickle, which could run any code when it is loaded; prefopt loads "
+                         "safetensors only. If you trust the file, load it with transformers and write the folder anew with save_pretrained.")
     return UserError(f"the {what} of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})")
 
 

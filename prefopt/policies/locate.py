@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
@@ -74,7 +77,8 @@ def locate(cfg: ModelConfig, weights: bool = True) -> Located:
     if cfg.wheel:
         try:
             file = _wheel(cfg.wheel)
-            return Located(str(file.parent), file.name, f"PyPI package {cfg.wheel} ({file.name})")
+            _convert(file, kept)
+            return Located(str(kept), None, f"PyPI package {cfg.wheel} ({file.name}), kept as {kept}")
         except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, StopIteration) as error:
             tried.append(f"PyPI package {cfg.wheel} ({type(error).__name__})")
     raise UserError(
@@ -93,6 +97,30 @@ def _folder(folder: Path, cfg: ModelConfig, where: str) -> Located:
             raise UserError(f"model.path={folder} holds no config.json; it is not a folder that save_pretrained wrote")
         gguf = found[0]
     return Located(str(folder), gguf, where)
+
+
+def plain(model: Any) -> Any:
+    """A model read from GGUF has ordinary weights but is still marked as quantised, which forbids saving it."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _convert(file: Path, target: Path) -> None:
+    """A GGUF file as a plain transformers folder: reading GGUF takes half a minute, every time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        plain(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)).save_pretrained(part)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(part)
+        if not target.is_dir():  # another process may have been faster
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _wheel(package: str) -> Path:

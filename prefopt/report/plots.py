@@ -76,8 +76,9 @@ def _tick_text(values: Sequence[float]) -> list[str]:
     largest = max((abs(v) for v in values), default=0.0)
     if largest >= 1e4:
         return [compact(v) if v else "0" for v in values]
-    if largest < 1e-2:
-        return [f"{v:.3g}".replace("e-0", "e-").replace("-", "−") if v else "0" for v in values]
+    if 0 < largest < 1e-2:  # one power of ten for the whole axis
+        power = math.floor(math.log10(largest) + 1e-9)
+        return [f"{v / 10.0**power:.3g}e{power}".replace("-", "−") if v else "0" for v in values]
     gap = min((b - a for a, b in pairwise(values)), default=largest)
     return [number(v, max(0, -math.floor(math.log10(gap) + 1e-9))) for v in values]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -71,7 +72,9 @@ class JsonlTracker:
         return open(self.path, "ab", buffering=0)
 
     def log(self, row: Mapping) -> None:
-        self._file.write(_line(row))
+        line = _line(row)
+        if self._file.write(line) < len(line):  # a disk that has just become full takes a part, without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def truncate_after(self, step: int) -> None:
         """Keep the rows up to `step`, where a resumed run goes on. Rows without a step stay."""

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,9 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
     part.mkdir(parents=True)
     try:
         weights = {n: p.detach().cpu().contiguous() for n, p in engine.policy.trainable().items()}
-        save_file(weights, part / "weights.safetensors")
-        save_file(_optimizer_tensors(engine), part / "optimizer.safetensors")
+        with naming(target):
+            save_file(weights, part / "weights.safetensors")
+            save_file(_optimizer_tensors(engine), part / "optimizer.safetensors")
         files = {f.name: _sha256(f) for f in sorted(part.iterdir())}
         (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=2))
         shutil.rmtree(target, ignore_errors=True)
@@ -40,6 +45,17 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
     for old in steps(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """safetensors tells of a failed write in a type of its own that names no file; here it becomes an `OSError` that does."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" and (match := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
+        raise
 
 
 def steps(folder: Path) -> list[Path]:
@@ -72,7 +88,7 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
                     **{m: moments[f"{name}.{m}"].to(parameter.device).clone() for m in MOMENTS},
                 }
         torch.set_rng_state(moments["rng"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":

@@ -156,7 +156,8 @@ class Log:
 
     def finished(self, step: int) -> dict[str, Any]:
         if self.run.main:
-            self.run.engine.policy.save(self.run.folder / "model")
+            with checkpoint.naming(self.run.folder / "model"):
+                self.run.engine.policy.save(self.run.folder / "model")
         self.close("finished", step, "")
         return self.last
 

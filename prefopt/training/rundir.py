@@ -86,6 +86,8 @@ def load_run_config(folder: Path) -> TrainConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from prefopt.config.compose import check_algo
+
     known = folder / "config.yaml"
     if not known.is_file():
         beside = [p.parent.name for p in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
@@ -95,7 +97,9 @@ def load_run_config(folder: Path) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"{known} is no config of this version of prefopt ({str(error).splitlines()[0]})") from error
     cfg.run_dir = str(folder)
-    return OmegaConf.to_object(cfg)
+    out = OmegaConf.to_object(cfg)
+    check_algo(out.algo, out.trust.packages, out.algo.get("name"))  # the folder may have been made, or edited, by somebody else
+    return out
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -148,6 +152,8 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file of its own accord
     finally:
         part.unlink(missing_ok=True)
 

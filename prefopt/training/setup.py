@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from prefopt.config.schema import TrainConfig
-from prefopt.data.dataset import Dataset, make_dataset
+from prefopt.data.dataset import Dataset, check_use, make_dataset
 from prefopt.data.sources import Split, load_data
 from prefopt.errors import UserError
 from prefopt.training.judge import Judge
@@ -74,6 +74,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     torch.manual_seed(cfg.seed)
     folder, objective = Path(cfg.run_dir), make_objective(cfg.algo)
     train_split, held_out_split = load_data(cfg.data, cfg.seed)
+    for example in (*train_split.examples, *held_out_split.examples):
+        check_use(example, cfg.data, objective.view, objective.columns)  # before the model is loaded, which may take minutes
     with accelerator.main_process_first():
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed)
     train = dataset(train_split, cfg, policy, objective)
