@@ -29,11 +29,8 @@ _prefopt() {
   word="${word##*[[:space:]]}"
   COMPREPLY=($(COMP_LINE="$COMP_LINE" COMP_POINT="$COMP_POINT" prefopt __complete 2>/dev/null))
   # bash itself breaks words at = and : and replaces only what comes after.
-  local before="" mark
-  for mark in = :; do
-    [[ "$COMP_WORDBREAKS" == *"$mark"* && "$word" == *"$mark"* && ${#before} -lt $((${#word} - ${#word##*$mark})) ]] &&
-      before="${word%"${word##*$mark}"}"
-  done
+  local before="$word"
+  while [[ -n "$before" && ! ( "${before: -1}" == [=:] && "$COMP_WORDBREAKS" == *"${before: -1}"* ) ]]; do before="${before%?}"; done
   COMPREPLY=("${COMPREPLY[@]#"$before"}")
   [[ "${COMPREPLY[0]}" == *[=./] ]] && compopt -o nospace 2>/dev/null
   return 0

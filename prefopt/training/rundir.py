@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -135,8 +136,8 @@ def manifest(cfg: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return redact({
-        "command": " ".join(["prefopt", *json.loads(os.environ.get("PREFOPT_ARGV", "null") or "null")])
-        if os.environ.get("PREFOPT_ARGV") else " ".join(["prefopt", *sys.argv[1:]]),
+        # A worker's own command line says nothing; its parent passes on what the user typed.
+        "command": shlex.join(["prefopt", *(json.loads(os.environ.get("PREFOPT_ARGV", "[]")) or sys.argv[1:])]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),

