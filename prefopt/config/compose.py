@@ -157,7 +157,7 @@ def _not_in_config(key: str, parent: Any, command: str) -> str:
 
 def _fields(target: Any) -> Sequence[str]:
     try:
-        return list(read_objective(target).fields)
+        return list(read_objective(target, [str(target).partition(".")[0]]).fields)  # its source is read, nothing is run
     except UserError:
         return []
 

@@ -34,7 +34,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.precision = cfg, precision
         located = locate(cfg)
         self.source = {"path": cfg.path, "where": located.where, "revision": located.revision, "fingerprint": located.fingerprint()}
         print(f"model: {located.where}", file=sys.stderr)
@@ -57,12 +57,17 @@ class CausalLM(nn.Module):
         predict = micro.trained[:, 1:]  # the logits at t-1 score the token at t
         start = int(predict.any(0).float().argmax())  # earlier positions need no logits
         keep = micro.input_ids.shape[1] - start
-        logits = self.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False, logits_to_keep=keep).logits
-        logits = logits[:, :-1][predict[:, start:]]  # [N, V]
+        with self.autocast():
+            out = self.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False, logits_to_keep=keep)
+        logits = out.logits[:, :-1][predict[:, start:]]  # [N, V]
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         targets = micro.input_ids[:, 1:][predict]
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 matrix products, inside the policy, so that reference copies and sampling compute exactly as training does."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def tokenise(self, example: Example) -> Tokens:
         return self.tokeniser(example)
@@ -113,7 +118,8 @@ class CausalLM(nn.Module):
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt):], mask[row, width - len(prompt):] = torch.tensor(prompt), 1
-        made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
+        with self.autocast():
+            made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
         replies = []
         for new in made[:, width:].tolist():
             end = next((i for i, t in enumerate(new) if t in self.tokeniser.ends), None)

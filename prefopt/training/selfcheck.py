@@ -11,9 +11,9 @@ from prefopt.objectives.base import reduce_terms, total_weights
 from prefopt.training.coupling import join
 from prefopt.training.engine import Engine
 
-# Largest policy - reference difference of a sequence log-prob, in nats. Both score the same padded rows with the same kernels, so fp32
-# differs by rounding at most; bf16 leaves room for kernels that choose another order of summation.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+# Largest policy - reference difference of a sequence log-prob, in nats. Both score the same padded rows with the same kernels, so the
+# difference is 0 but for kernels that choose their order of summation at run time; bf16 leaves room for those.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}
 
 
 def self_check(engine: Engine, micros: list, precision: str, reference_is_initial: bool) -> dict[str, float]:

@@ -59,14 +59,14 @@ def make_objective(settings: dict[str, Any]) -> Objective:
 
 
 def make_accelerator(cfg: TrainConfig) -> Accelerator:
-    """Processes, device and precision. Sets the thread count, which decides the bits of a CPU run."""
+    """Processes and device (precision is the policy's own affair). Sets the thread count, which decides the bits of a CPU run."""
     if cfg.hardware.threads:
         torch.set_num_threads(cfg.hardware.threads)
     torch.set_flush_denormal(True)  # denormals slow CPU steps threefold and carry nothing
     if cfg.hardware.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"hardware={cfg.hardware.name} asks for a GPU and torch sees none; use hardware=cpu, or install a CUDA build of torch")
     cpu = cfg.hardware.device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision="bf16" if cfg.hardware.precision == "bf16" else "no")
+    return Accelerator(cpu=cpu)
 
 
 def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:

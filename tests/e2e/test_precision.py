@@ -55,3 +55,12 @@ def test_dropout_is_off_unless_asked_for(plain, tmp_path):
     assert losses(plain)[0] == pytest.approx(0.693147, abs=1e-5)
     assert train(tmp_path / "run", "evaluation.prompts=0", "model.dropout=0.3") == 0
     assert abs(losses(tmp_path / "run")[0] - 0.693147) > 1e-3
+
+
+@pytest.mark.parametrize("model", ["tiny-lm", "tiny-lm-lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_traps_10_and_12_policy_and_reference_agree_exactly_before_the_first_step(model, precision, tmp_path):
+    assert train(tmp_path / "run", f"hardware.precision={precision}", f"model={model}", "evaluation.prompts=4") == 0
+    start = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert start["step"] == 0 and start["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert start["reward/margin"] == 0 and start["accuracy"] == 0.5 and start["kl"] == 0
