@@ -266,7 +266,8 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast, progress: bool) -> tuple[Llama
     )
     schedule = LambdaLR(optimizer, _lr_factor)
     losses = []
-    bar = tqdm(_steps(tokenizer), "tiny-lm", TRAINING["steps"], file=sys.stderr, disable=not progress)
+    often = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then, not a bar
+    bar = tqdm(_steps(tokenizer), "tiny-lm", TRAINING["steps"], file=sys.stderr, disable=not progress, mininterval=often)
     for halves in bar:
         optimizer.zero_grad()
         count = sum(int((labels != _IGNORED).sum()) for _, _, labels in halves)

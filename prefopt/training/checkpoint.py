@@ -69,8 +69,8 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
     earlier = steps(folder)[:-1]
     fix = f"remove {path} to go on from {earlier[-1].name}" if earlier else f"remove {folder.parent} to start anew"
     try:
-        state = json.loads((path / "state.json").read_text())
-        for name, digest in state["files"].items():
+        state, files = _read_state(path / "state.json")
+        for name, digest in files.items():
             if _sha256(path / name) != digest:
                 raise ValueError(f"{name} does not have the checksum it was written with")
         weights, moments = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
@@ -88,13 +88,22 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
                     **{m: moments[f"{name}.{m}"].to(parameter.device).clone() for m in MOMENTS},
                 }
         torch.set_rng_state(moments["rng"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
         raise
     return state
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A checkpoint's totals, and the sha256 of each of its files."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return state, dict(state["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} is not what was written: {error}") from error
 
 
 def updates(engine: Engine) -> int:

@@ -16,19 +16,22 @@ class Progress:
 
     def __init__(self, total: int, start: int, show: bool):
         self.total, self.start, self.show = total, start, show
-        self.began = self.said = time.monotonic()
+        self.first: tuple[int, float] | None = None  # step and time of the first call: evaluations before it say nothing about speed
+        self.said = 0.0
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, step: int, row: Mapping[str, float]) -> None:
         now = time.monotonic()
+        self.first = self.first or (step, now)
         last = step == self.total
         if not self.show or not (last or now - self.said >= (0.1 if self.terminal else self.EVERY) or step == self.start + 1):
             return
         self.said = now
-        left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
+        done = step - self.first[0]
+        left = f"{_clock((now - self.first[1]) / done * (self.total - step))} left" if done else ""
         parts = [f"{label} {row[key]:{form}}" for key, label, form in SHOWN if row.get(key) is not None]
         bar = f"[{'#' * (20 * step // self.total):<20}] " if self.terminal else ""
-        line = f"{bar}step {step}/{self.total}  " + "  ".join(parts) + f"  {_clock(left)} left"
+        line = f"{bar}step {step}/{self.total}  " + "  ".join([*parts, left])
         print(f"\r\x1b[K{line}" if self.terminal else line, end="" if self.terminal and not last else "\n", file=sys.stderr, flush=True)
 
 
