@@ -104,8 +104,8 @@ def guarded(work: Callable[[], Any], quiet: bool = False) -> int:
         return _say(error, error.exit_code, quiet)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _say(f"the disk is full ({error.filename or 'writing'}); free some space and repeat the command, it goes on from the last "
-                        "checkpoint", 2, quiet)
+            return _say(f"the disk is full ({error.filename or 'writing'}); free some space and repeat the command, it goes on from the "
+                        "last checkpoint", 2, quiet)
         if error.errno == errno.EPIPE:  # the reader of `prefopt list | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

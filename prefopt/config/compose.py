@@ -57,7 +57,8 @@ def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | N
     """The objective's description; its settings are checked against the class's fields, types and rules."""
     target = settings.get("_target_")
     if not isinstance(target, str):
-        raise UserError(f"algo{f'={algo_name}' if algo_name else ''} names no class; its YAML needs a line `_target_: package.module.Class`")
+        chosen = f"algo={algo_name}" if algo_name else "algo"
+        raise UserError(f"{chosen} names no class; its YAML needs a line `_target_: package.module.Class`")
     info = read_objective(target, packages)
     for key, value in settings.items():
         if key in ("_target_", "name"):
@@ -82,10 +83,11 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
         what = "a file, a folder or a glob" if data.source == "files" else "a hub id or a folder"
         raise UserError(f"data.path has no value, and data={data.name} needs one; give {what}: data.path=...")
     if (model.kind == "tabular") != (data.source == "bandit"):
-        raise UserError(f"model={model.name} and data={data.name} do not fit: the table of model=bandit only knows data=bandit, and the other "
-                        "way round. Set both, or neither.")
+        raise UserError(f"model={model.name} and data={data.name} do not fit: the table of model=bandit only knows data=bandit, and the "
+                        "other way round. Set both, or neither.")
     if data.source not in ("tiny_feedback", "bandit") and data.label_noise:
-        raise UserError(f"data.label_noise={data.label_noise} works on generated data only (tiny-feedback, bandit); remove it for data={data.name}")
+        raise UserError(f"data.label_noise={data.label_noise} works on generated data only (tiny-feedback, bandit); "
+                        f"remove it for data={data.name}")
     if data.source != "tiny_feedback" and data.length_bias:
         raise UserError(f"data.length_bias={data.length_bias} works on data=tiny-feedback only; remove it for data={data.name}")
     if model.lora.adapter and not model.lora.enabled:
@@ -95,7 +97,8 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     if not hasattr(cfg, "hardware"):
         return
     if cfg.reference.policy == "base" and not model.lora.enabled:
-        raise UserError("reference.policy=base is the model without its adapter, and there is none; use reference.policy=initial, or a LoRA model")
+        raise UserError("reference.policy=base is the model without its adapter, and there is none; use reference.policy=initial, "
+                        "or a LoRA model")
     if cfg.train.batch_size < info.min_batch:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: {info.name} needs at least {info.min_batch} rows per step")
     if model.attention == "flash_attention_2" and (cfg.hardware.device == "cpu" or cfg.hardware.precision == "fp32"):
@@ -193,13 +196,15 @@ def _check_keys(given: dict[str, Any], schema: type, present: list[str], prefix:
             raise UserError(f"{name}={value}: it must be true or false")
         if (block := known[key]) and not (isinstance(value, str) and value.startswith("${")):
             if not isinstance(value, dict):
-                raise UserError(f"{name}={_shown(value)}: {name} is a block of keys; set one of them, such as {name}.{fields(block)[0].name}=...")
+                first = f"{name}.{fields(block)[0].name}"
+                raise UserError(f"{name}={_shown(value)}: {name} is a block of keys; set one of them, such as {first}=...")
             _check_keys(value, block, present, f"{name}.")
 
 
 EXPECTED = (
     ("to Float", "a number, such as 1e-4"), ("to Integer", "a whole number"), ("valid bool", "true or false"),
-    ("is not a ListConfig", "a list, such as KEY=[...]"), ("ListConfig", "text"), ("DictConfig", "text"), ("not Optional", "something else than null"),
+    ("is not a ListConfig", "a list, such as KEY=[...]"), ("ListConfig", "text"), ("DictConfig", "text"),
+    ("'None'", "something else than null"),
 )
 
 

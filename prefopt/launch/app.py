@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prefopt.config.catalogue import GROUPS
-from prefopt.config.compose import rephrase, typed
 from prefopt.config.completion import OPTIONS
+from prefopt.config.compose import rephrase, typed
 from prefopt.config.schema import TrainConfig
 from prefopt.data.sources import check_files
 from prefopt.errors import UserError, nearest
@@ -77,7 +77,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     words = ["--info=all" if w in ("--info", "-i") and "=" in "".join(words[i + 1 : i + 2]) else w for i, w in enumerate(words)]
     args = parser.parse_intermixed_args(words)
     if args.experimental_rerun:
-        raise UserError("--experimental-rerun reads a pickle, which could run any code; repeat the command of the run's manifest.json instead")
+        raise UserError("--experimental-rerun reads a pickle, which could run any code; repeat the command in the run's manifest.json")
     # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
     args.overrides = [re.sub(r"^\+(experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
     for word in args.overrides:

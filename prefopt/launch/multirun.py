@@ -75,7 +75,8 @@ class Board:
 
     def __init__(self, sweep: Path, jobs: list[tuple[list[str], str]]):
         self.path = sweep / "sweep.json"
-        self.jobs: list[dict[str, Any]] = [{"overrides": o, "run_dir": d, "state": "waiting", "message": "", "seconds": 0.0} for o, d in jobs]
+        new = {"state": "waiting", "message": "", "seconds": 0.0}
+        self.jobs: list[dict[str, Any]] = [{"overrides": o, "run_dir": d, **new} for o, d in jobs]
         self.since = time.monotonic()
 
     def set(self, number: int, state: str, message: str = "") -> None:

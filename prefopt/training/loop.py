@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +26,26 @@ from prefopt.training.signals import StopSignals
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Runs or continues the run in `cfg.run_dir`; returns its last evaluation. Raises `UserError` and `RunFailed`."""
-    with StopSignals() as stop:
-        run = set_up(cfg, make_accelerator(cfg))
-        log = Log(run)
-        step = log.resume()
-        try:
-            if step and log.evaluation_due(step) and not log.evaluated(step):
+    run = set_up(cfg, make_accelerator(cfg))
+    log = Log(run)
+    step = log.resume()
+    with StopSignals() as stop, log.ending():
+        if step == 0 and cfg.train.self_check:
+            self_check(run.engine, run.source.step(0), cfg.hardware.precision, run.reference_is_initial)
+        if log.evaluation_due(step) and not log.evaluated(step):
+            log.evaluate(step)
+        while step < run.total_steps:
+            result = run.engine.step(run.source.step(step), learning_rate(step, run.total_steps, cfg.optim))
+            step += 1
+            log.step(step, result)
+            stopping = any_rank(run, stop.name is not None)
+            if log.evaluation_due(step) and not stopping:
                 log.evaluate(step)
-            if step == 0:
-                if cfg.train.self_check:
-                    self_check(run.engine, run.source.step(0), cfg.hardware.precision, run.reference_is_initial)
-                log.evaluate(0)
-            while step < run.total_steps:
-                result = run.engine.step(run.source.step(step), learning_rate(step, run.total_steps, cfg.optim))
-                step += 1
-                log.step(step, result)
-                stopping = any_rank(run, stop.name is not None)
-                if log.evaluation_due(step) and not stopping:
-                    log.evaluate(step)
-                if log.checkpoint_due(step) or stopping:
-                    log.save(step)
-                if stopping:
-                    return log.stopped(step, stop.name or "a signal on another process")
-            return log.finished(step)
-        except BaseException as error:
-            log.failed(error)
-            raise
+            if log.checkpoint_due(step) or stopping:
+                log.save(step)
+            if stopping:
+                return log.stopped(step, stop.name or "a signal on another process")
+        return log.finished(step)
 
 
 class Log:
@@ -161,9 +157,15 @@ class Log:
         self.close("finished", step, "")
         return self.last
 
-    def failed(self, error: BaseException) -> None:
-        if self.run.main:
-            self.close("failed", read_status(self.run.folder).get("step", 0), f"{type(error).__name__}: {error}")
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A run that fails says so in its status and its report."""
+        try:
+            yield
+        except BaseException as error:
+            if self.run.main:
+                self.close("failed", read_status(self.run.folder).get("step", 0), f"{type(error).__name__}: {error}")
+            raise
 
     def close(self, state: str, step: int, message: str) -> None:
         """Final status, report and trackers; tells the user what to look at."""

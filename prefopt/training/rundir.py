@@ -61,8 +61,8 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
         return "finished" if read_status(folder).get("state") == "finished" else "resume"
     # A job of a sweep leaves its log.txt, even if it never began.
     if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name != "log.txt")):
-        raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); "
-                        "choose another hydra.run.dir")
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {shown}); choose another hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(known, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return "fresh"

@@ -16,7 +16,6 @@ from prefopt.config.schema import TrainConfig
 from prefopt.data.dataset import Dataset, check_use, make_dataset
 from prefopt.data.sources import Split, load_data
 from prefopt.errors import UserError
-from prefopt.training.judge import Judge
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
 from prefopt.policies.reference import make_reference
@@ -24,6 +23,7 @@ from prefopt.rewards.true_reward import make_reward
 from prefopt.tracking.tracker import JsonlTracker
 from prefopt.tracking.wandb_tracker import make_wandb
 from prefopt.training.engine import Engine
+from prefopt.training.judge import Judge
 from prefopt.training.rundir import manifest, plain_config, write_atomic
 from prefopt.training.source import OfflineSource
 
@@ -64,7 +64,8 @@ def make_accelerator(cfg: TrainConfig) -> Accelerator:
         torch.set_num_threads(cfg.hardware.threads)
     torch.set_flush_denormal(True)  # denormals slow CPU steps threefold and carry nothing
     if cfg.hardware.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"hardware={cfg.hardware.name} asks for a GPU and torch sees none; use hardware=cpu, or install a CUDA build of torch")
+        raise UserError(f"hardware={cfg.hardware.name} asks for a GPU and torch sees none; use hardware=cpu, or install a CUDA build "
+                        "of torch")
     cpu = cfg.hardware.device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=cpu)
 
@@ -117,8 +118,8 @@ def say_rejected(*parts: Split | Dataset) -> None:
     """Nothing is left out or cut without a word."""
     for split, data in zip(parts[:2], parts[2:], strict=True):
         if split.rejected:
-            shown = "; ".join(f"{r.origin}: {r.reason}" for r in split.rejected[:3])
-            print(f"data: {len(split.rejected)} {split.name} rows left out ({shown}{'; ...' if len(split.rejected) > 3 else ''})", file=sys.stderr)
+            shown = "; ".join(f"{r.origin}: {r.reason}" for r in split.rejected[:3]) + ("; ..." if len(split.rejected) > 3 else "")
+            print(f"data: {len(split.rejected)} {split.name} rows left out ({shown})", file=sys.stderr)
         for what in ("truncated_prompts", "truncated_completions", "undesirable_left_out"):
             if data.stats.get(what):
                 print(f"data: {data.stats[what]} {split.name} {what.replace('_', ' ')}", file=sys.stderr)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.toy_runs import train
 
 from prefopt.cli import main
 from prefopt.data import tiny_feedback
 from prefopt.tracking.tracker import JsonlTracker
 from prefopt.training import checkpoint
+from tests.toy_runs import train
 
 BANDIT = ["model=bandit", "data=bandit", "hardware=cpu", "hardware.threads=1", "debug=fast"]
 TINY = ["hardware=cpu", "hardware.threads=1", "debug=fast"]
@@ -106,8 +106,8 @@ def refused(capsys, tmp_path):
     ("sample run=. promt=x", "unknown key 'promt'; did you mean 'prompt'?"),
     ("train -m algo=dpo,ipoo", "there is no algo=ipoo; did you mean 'algo=ipo'?"),
     ("train -m optim.lrr=1,2", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
-    ("train -m model=bandit data=bandit optim.lr=0.1,-1", "job 2 (model=bandit data=bandit optim.lr=-1): optim.lr=-1.0: it must be above 0. "
-     "No job was started."),
+    ("train -m model=bandit data=bandit optim.lr=0.1,-1",
+     "job 2 (model=bandit data=bandit optim.lr=-1): optim.lr=-1.0: it must be above 0. No job was started."),
     ("train -m data=jsonl data.path=nowhere.jsonl seed=0,1", "nowhere.jsonl: there is no such file"),
 ])
 def test_refused(words, said, refused, monkeypatch):

@@ -1,0 +1,180 @@
+"""From composed configs to typed ones: every key typed and bounded, every sentence names its key."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from prefopt.config import catalogue
+from prefopt.config.compose import check_algo, dotted, rephrase, typed, unknown_key
+from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys
+from prefopt.errors import UserError
+from prefopt.launch.app import parse, refuse
+
+
+def composed(*overrides: str, command: str = "train"):
+    """What Hydra makes of the overrides, without starting a run."""
+    for name in ("slug", "output_dir"):
+        OmegaConf.register_new_resolver(name, lambda *args: "runs/x", replace=True)
+    with initialize_config_module("prefopt.conf", version_base="1.3"):
+        return compose(command, list(overrides))
+
+
+def refusal(*overrides: str, command: str = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        typed(composed(*overrides, command=command), command, "dpo")
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return OmegaConf.to_container(composed(), resolve=False)
+
+
+def with_key(plain: dict, key: str, value):
+    cfg = OmegaConf.create(plain)
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    return cfg
+
+
+@pytest.mark.parametrize("group, name", [(g, n) for g in catalogue.GROUPS[:-2] for n in catalogue.groups()[g] if g != "sweep"])
+def test_every_choice_composes_and_is_typed(group, name):
+    extra = {"model": ["data=bandit"], "data": ["model=bandit"]}.get(group, []) if name == "bandit" else []
+    extra += ["data.path=x"] if (group, name) in (("data", "jsonl"), ("data", "parquet")) else []
+    assert typed(composed(f"{group}={name}", *extra), "train", name).algo["name"] == name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes(command):
+    overrides = ["run=x"] if command in ("eval", "sample") else []
+    assert isinstance(typed(composed(*overrides, command=command), command, "dpo"), COMMANDS[command])
+
+
+@pytest.mark.parametrize("key", sorted(CHOICES))
+def test_every_choice_key_refuses_a_typo_by_name(key, plain):
+    typo = CHOICES[key][-1] + "x"
+    with pytest.raises(UserError) as caught:
+        typed(with_key(plain, key, typo), "train", "dpo")
+    assert str(caught.value) == f"{key}={typo} is none of {', '.join(CHOICES[key])}; did you mean '{key}={CHOICES[key][-1]}'?"
+
+
+@pytest.mark.parametrize("key", sorted(key for key, *_ in BOUNDS))
+def test_every_bound_refuses_by_name(key, plain):
+    value = [2.0] if key == "optim.betas" else -1
+    with pytest.raises(UserError, match=rf"^{key}=\S+: it must be (at least|above|in|0|two|a share)"):
+        typed(with_key(plain, key, value), "train", "dpo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_refuses_a_neighbour_by_its_full_name(command):
+    overrides = ["run=x"] if command in ("eval", "sample") else []
+    base = OmegaConf.to_container(composed(*overrides, command=command), resolve=False)
+    for key in all_keys(COMMANDS[command]):
+        with pytest.raises(UserError) as caught:
+            typed(with_key(base, f"{key}_", 1), command, "dpo")
+        assert str(caught.value) == f"unknown key '{key}_'; did you mean '{key}'?"
+
+
+def test_wrong_types_say_what_is_expected():
+    assert refusal("optim.lr=high") == "optim.lr=high: it must be a number, such as 1e-4"
+    assert refusal("optim.lr=") == "optim.lr='': it must be a number, such as 1e-4"
+    assert refusal("seed=true") == "seed=true: it must be a whole number"
+    assert refusal("train.self_check=maybe") == "train.self_check=maybe: it must be true or false"
+    assert refusal("train.self_check=1.5") == "train.self_check=1.5: it must be true or false"
+    assert refusal("optim.betas=0.9") == "optim.betas=0.9: it must be a list, such as optim.betas=[...]"
+    assert refusal("model.path=[a]") == 'model.path=["a"]: it must be text'
+    assert refusal("model.path={a:1}") == 'model.path={"a":1}: it must be text'
+    assert refusal("seed=null") == "seed=null: it must be something else than null"
+    assert refusal("model.lora=null").endswith("model.lora is a block of keys; set one of them, such as model.lora.enabled=...")
+    assert refusal("seed=${nope}") == "seed: Interpolation key 'nope' not found"
+    assert "PREFOPT_NO_SUCH" in refusal("model.path=${oc.env:PREFOPT_NO_SUCH}")
+    assert refusal(command="eval") == "run has no value; give it one: run=..."
+
+
+def test_references_between_keys_are_resolved():
+    cfg = typed(composed("model=tiny-lm-lora", "seed=${train.log_every}"), "train", "dpo")
+    assert cfg.optim.lr == cfg.model.learning_rate and cfg.seed == 1
+
+
+@pytest.mark.parametrize("overrides, said", [
+    (("model=bandit",), "Set both, or neither"),
+    (("data=bandit",), "Set both, or neither"),
+    (("data=jsonl",), "data.path has no value, and data=jsonl needs one; give a file"),
+    (("data=hh-rlhf", "data.path=null"), "give a hub id or a folder"),
+    (("data=hh-rlhf", "data.label_noise=0.1"), "data.label_noise=0.1 works on generated data only"),
+    (("data=hh-rlhf", "data.length_bias=0.1"), "data.length_bias=0.1 works on data=tiny-feedback only"),
+    (("model.lora.adapter=x",), "set model.lora.enabled=true"),
+    (("model=bandit", "data=bandit", "model.lora.enabled=true"), "takes no LoRA adapter"),
+    (("reference.policy=base",), "reference.policy=base is the model without its adapter"),
+    (("algo=kto", "train.batch_size=1"), "train.batch_size=1: KTO needs at least 2 rows per step"),
+    (("model.attention=flash_attention_2",), "use model.attention=sdpa"),
+])
+def test_combinations_that_cannot_work(overrides, said):
+    assert said in refusal(*overrides)
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({}, "names no class; its YAML needs a line `_target_"),
+    ({"_target_": "os.system"}, "set trust.packages=[os]"),
+    ({"_target_": "DPO", "beta": 0.1}, "does not name a class"),
+    ({"_target_": "prefopt.objectives.pairwise.DPO", "bta": 1}, "algo.bta is no setting of DPO; did you mean 'algo.beta'?"),
+    ({"_target_": "prefopt.objectives.pairwise.DPO", "beta": True}, "algo.beta=true: it must be a finite number"),
+    ({"_target_": "prefopt.objectives.pairwise.DPO", "beta": None}, "algo.beta=null: it must be a finite number"),
+    ({"_target_": "prefopt.objectives.pairwise.DPO", "beta": float("nan")}, "it must be a finite number"),
+    ({"_target_": "prefopt.objectives.pairwise.IPO", "length_normalize": "yes"}, "algo.length_normalize=yes: it must be true or false"),
+    ({"_target_": "prefopt.objectives.pairwise.DPO", "beta": 0}, "algo.beta=0: DPO needs beta > 0"),
+])
+def test_algo_settings(settings, said):
+    with pytest.raises(UserError) as caught:
+        check_algo(settings, [], "mine")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("override, said", [
+    ("data=mine", "there is no data=mine; known: bandit, hh-rlhf, jsonl, parquet, tiny-feedback, ultrafeedback"),
+    ("hydra/launcher=prefop", "there is no hydra/launcher=prefop; did you mean 'hydra/launcher=prefopt'?"),
+    ("hydra.run.dr=x", "unknown key 'hydra.run.dr'; did you mean 'hydra.run.dir'?"),
+    ("+algo=ipo", "algo is chosen already; write algo=... without the +"),
+    ("algo@mine=ipo", "algo@mine: prefopt has no packages; write algo=..."),
+    ("optim", "'optim' is no override; write key=value, such as optim=..."),
+    ("tiny-lm", "'tiny-lm' is no override; did you mean 'model=tiny-lm'?"),
+    ("model=3", "model=3: a group is chosen by name, such as model=bandit (prefopt list model)"),
+    ("=3", "=3: a group is chosen by name, such as algo="),
+    ("batch_size=3", "unknown key 'batch_size'; did you mean 'sampler.batch_size' or 'train.batch_size'?"),
+])
+def test_what_hydra_refuses_is_rephrased(override, said):
+    with pytest.raises(Exception) as caught:
+        composed(override)
+    sentence = rephrase(caught.value, [override], "train")
+    assert sentence.startswith(said) and "\n" not in sentence
+
+
+def test_unknown_keys_prefer_siblings_then_the_same_name_then_lookalikes():
+    known = ["a", "a.rate", "a.size", "b", "b.rate", "b.size", "b.deep", "b.deep.only"]
+    assert unknown_key("a.rat", known) == "unknown key 'a.rat'; did you mean 'a.rate'?"
+    assert unknown_key("only", known) == "unknown key 'only'; did you mean 'b.deep.only'?"
+    assert unknown_key("size", known) == "unknown key 'size'; did you mean 'a.size' or 'b.size'?"
+    assert unknown_key("b.deap.only", known) == "unknown key 'b.deap.only'; did you mean 'b.deep.only'?"
+    assert unknown_key("a.xyz", known) == "unknown key 'a.xyz'; there are a.rate, a.size"
+    assert unknown_key("xyz", known) == "unknown key 'xyz'; there are a, b"
+
+
+def test_dotted_names():
+    assert dotted({"a": 1, "b": {"c": 2, "d": {}}}) == ["a", "b", "b.c", "b.d"]
+
+
+def test_options_and_overrides_in_any_order():
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = refuse
+    args = parse(parser, ["algo=dpo", "-m", "+experiment=x", "--config-dir", "mine", "seed=1"])
+    assert (args.multirun, args.config_dir, args.overrides) == (True, "mine", ["algo=dpo", "experiment=x", "seed=1"])
+    assert parse(parser, ["--info", "algo=dpo"]).info == "all" and parse(parser, ["--info", "config"]).info == "config"
+    assert parse(parser, ["~debug", "~hydra.job"]).overrides == ["~debug", "~hydra.job"]
+    for words, said in [(["--mutlirun"], "unknown option --mutlirun; did you mean '--multirun'?"),
+                        (["--cfg"], "--cfg: expected one argument"), (["~seed"], "~seed: a key cannot be taken away"), (["--experimental-rerun", "x"], "reads a pickle")]:
+        with pytest.raises(UserError) as caught:
+            parse(parser, words)
+        assert said in str(caught.value)
