@@ -52,7 +52,8 @@ def load_data(cfg: DataConfig, seed: int = 0) -> tuple[Split, Split]:
     else:
         train, held_out = _hold_out(train, cfg, seed)
     if not train.examples:
-        raise UserError(f"data{f'.path={cfg.path}' if cfg.path else f'={cfg.name}'}: no usable row among {len(train.rejected)} (first reason: {_first(train)})")
+        which = f".path={cfg.path}" if cfg.path else f"={cfg.name}"
+        raise UserError(f"data{which}: no usable row among {len(train.rejected)} (first reason: {_first(train)})")
     return train, held_out
 
 

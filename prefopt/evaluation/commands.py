@@ -27,7 +27,8 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     if run.main:
         write_atomic(output, json.dumps(figures, indent=2))
         print(_table(before, after))
-        print(f"{len(samples)} held-out prompts, {len(run.judge.held_out.rows) if run.judge.held_out else 0} held-out rows; written to {output}")
+        rows = len(run.judge.held_out.rows) if run.judge.held_out else 0
+        print(f"{len(samples)} held-out prompts, {rows} held-out rows; written to {output}")
     return figures
 
 

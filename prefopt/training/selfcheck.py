@@ -31,7 +31,7 @@ def self_check(engine: Engine, micros: list, precision: str, reference_is_initia
             loss, _ = reduce_terms(batch, engine.objective(batch), totals)
             measured = {"loss": float(loss)}
             if not torch.isfinite(loss):
-                raise RunFailed(f"self-check: the loss before the first step is {float(loss)}; the model's weights or its scores are not finite")
+                raise RunFailed(f"self-check: the loss before the first step is {float(loss)}; a weight or a score is not finite")
             if reference_is_initial and "reference" in batch.scores:
                 gap = (batch.logp() - batch.logp("reference")).abs().max()
                 own = replace(batch, scores={**batch.scores, "reference": batch.scores["policy"]})

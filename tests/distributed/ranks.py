@@ -4,6 +4,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+
 from tests.unit.test_engine import engine_of, gradients, objective_named, rows_for, source_of
 
 

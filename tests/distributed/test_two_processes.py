@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.toy_runs import fresh_accelerator, gradients
-from tests.unit.test_engine import engine_of, objective_named, rows_for, source_of
 
 from prefopt.config.catalogue import groups
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
+from tests.toy_runs import fresh_accelerator, gradients
+from tests.unit.test_engine import engine_of, objective_named, rows_for, source_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from tests import toy
-from tests.toy_runs import train
-from tests.wandb_reader import records
 
 from prefopt.cli import main
 from prefopt.config.catalogue import groups, resolved_keys
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
+from tests import toy
+from tests.toy_runs import train
+from tests.wandb_reader import records
 
 HUB_MODELS = [m for m in groups()["model"] if m not in ("bandit",) and not m.startswith("tiny-lm")]
 

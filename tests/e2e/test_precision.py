@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.toy_runs import train
 
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
+from tests.toy_runs import train
 
 pytestmark = pytest.mark.usefixtures("tiny_lm")
 

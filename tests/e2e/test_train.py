@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.toy_runs import FAST, train
 
 from prefopt.cli import main
 from prefopt.config.catalogue import groups
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.engine import Engine
+from tests.toy_runs import FAST, train
 
 pytestmark = pytest.mark.usefixtures("tiny_lm")
 

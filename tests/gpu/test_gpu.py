@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from tests.toy_runs import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

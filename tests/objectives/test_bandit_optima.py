@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.toy_runs import fresh_accelerator
 
 from prefopt.config.catalogue import groups, load_yaml
 from prefopt.config.schema import ColumnsConfig, DataConfig, OptimConfig
@@ -16,6 +15,7 @@ from prefopt.policies.tabular import Tabular
 from prefopt.training.engine import Engine, learning_rate
 from prefopt.training.setup import make_objective
 from prefopt.training.source import OfflineSource
+from tests.toy_runs import fresh_accelerator
 
 
 def trained(slug: str, steps: int, lr: float, noise: float = 0.0, **settings) -> torch.Tensor:

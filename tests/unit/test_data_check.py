@@ -6,9 +6,9 @@ import re
 import pytest
 
 from prefopt.config.schema import DataCheckConfig, DataConfig, ModelConfig
-from prefopt.evaluation.data_check import MARKS, at_share, check_text, marked, percentiles
 from prefopt.data.tokenise import Branch
 from prefopt.errors import UserError
+from prefopt.evaluation.data_check import MARKS, at_share, check_text, marked, percentiles
 from prefopt.policies import causal_lm
 from tests.toy import data_config, model_config, save_model
 

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from tests.toy_runs import fresh_accelerator, gradients
 from torch import nn
 
 from prefopt.config.catalogue import groups
@@ -18,6 +17,7 @@ from prefopt.objectives.unary import KTO, SFT
 from prefopt.training.engine import Engine, learning_rate
 from prefopt.training.setup import make_objective
 from prefopt.training.source import OfflineSource
+from tests.toy_runs import fresh_accelerator, gradients
 
 VOCABULARY = 13
 

@@ -11,7 +11,7 @@ import prefopt
 
 PACKAGE = Path(prefopt.__file__).parent
 # A part may import itself and what stands after it. `config`, `errors` and `paths` lie below everything.
-ORDER = ["cli", "launch", "evaluation", "training", "report", "tracking", "rewards", "policies", "data", "objectives", "config", "errors", "paths"]
+ORDER = "cli launch evaluation training report tracking rewards policies data objectives config errors paths".split()
 # launch.worker ends as the command line does, so it uses the same guard.
 ALLOWED = {("launch/worker.py", "cli")}
 

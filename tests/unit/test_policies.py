@@ -116,11 +116,11 @@ def test_trap_06_log_probs_do_not_depend_on_the_pad_token(tmp_path, special):
 @torch.no_grad()
 def test_trap_07_bf16_logits_are_normalised_and_summed_in_fp32(llama):
     p = policy(llama)
+    p.precision = "bf16"
     micro = toy.micro(p, *ROWS)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = p(micro)
+    got = p(micro)
     assert got.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
+    with p.autocast():
         logits = p.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False).logits
     assert logits.dtype == torch.bfloat16
     exact = logits[:, :-1][micro.trained[:, 1:]].double().log_softmax(-1)
