@@ -26,6 +26,7 @@ usage: prefopt <command> [overrides]
 
 Overrides are Hydra's: a group (algo=dpo), a key (optim.lr=1e-4), +experiment=NAME, -m algo=dpo,ipo seed=0,1,2,
 hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to print the composed config, --info.
+prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
 COMMANDS = ("train", "eval", "sample", "list", "show", "data", "doctor", "completion")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so a fixture comes too late
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ EXAMPLES = {
   prefopt train +experiment=dpo_llama3-8b                     a paper's recipe
   prefopt train -m algo=dpo,ipo seed=0,1,2                    a sweep
   prefopt train data=jsonl data.path=pairs.jsonl model=smollm2-135m
-  prefopt train hydra.run.dir=runs/mine                       the run's folder (a sweep's: hydra.sweep.dir=...); the same command continues it""",
+  prefopt train hydra.run.dir=runs/mine                       the run's folder; the same command continues a killed run""",
     "eval": "example\n  prefopt eval run=runs/mine prompts=128 sampler=greedy",
     "sample": "example\n  prefopt sample run=runs/mine prompt=\"Tell me about the fox at the harbour.\" count=2",
     "data_check": "example\n  prefopt data check data=jsonl data.path=pairs.jsonl model=smollm2-135m",

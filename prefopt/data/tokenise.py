@@ -211,7 +211,10 @@ class Tokeniser:
             out.cut_completions.append(max(len(branch.ids) - room, 0))
         if kind in ("pair", "ranking") and len({tuple(b.ids) for b in out.branches}) == 1:
             what = "chosen and rejected" if kind == "pair" else "all completions"
-            raise BadRow(f"{what} are the same tokens" + (" after truncation" if any(out.cut_completions) else ""))
+            why = " after truncation" if any(out.cut_completions) else ""
+            if self.tokenizer.unk_token_id in out.branches[0].ids:
+                why = ": most words are unknown to this tokenizer (model=tiny-lm knows the words of data=tiny-feedback only; choose another model)"
+            raise BadRow(f"{what} are the same tokens{why}")
         return out
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -80,10 +80,20 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
         raise UserError("--experimental-rerun reads a pickle, which could run any code; repeat the command in the run's manifest.json")
     # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
     args.overrides = [re.sub(r"^\+(experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
+    # A question is free text: its commas, quotes and colons mean nothing to Hydra.
+    args.overrides = [_quoted(o) if o.startswith("prompt=") else o for o in args.overrides]
     for word in args.overrides:
         if word.startswith("~") and (key := word[1:].partition("=")[0]) not in GROUPS and not key.startswith("hydra"):
             raise UserError(f"{word}: a key cannot be taken away, it would silently fall back to a default; set it: {key}=...")
     return args
+
+
+def _quoted(word: str) -> str:
+    key, _, text = word.partition("=")
+    if text in ("", "null") or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
+        return word
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)  # Hydra's grammar: backslashes count only before a quote
+    return f"{key}='{escaped}'"
 
 
 def refuse(message: str) -> NoReturn:

@@ -206,7 +206,7 @@ def _refusal(what: str, located: Located, error: Exception) -> UserError:
     pickled = sorted(f.name for f in folder.glob("*.bin") if "model" in f.name)
     if what == "model" and pickled and not any(folder.glob("*.safetensors")):
         return UserError(f"{located.where} has its weights in {pickled[0]}, a pickle, which could run any code when it is loaded; "
-                         "prefopt loads safetensors only. If you trust it, load it with transformers and write it anew with save_pretrained.")
+                         "prefopt loads safetensors only. If you trust it, load it with transformers and write it anew (save_pretrained).")
     return UserError(f"the {what} of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})")
 
 

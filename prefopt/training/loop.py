@@ -58,7 +58,7 @@ class Log:
         self.window: list[tuple[float, int]] = []  # (time, tokens) of recent steps
         self.last: dict[str, Any] = {}
         if run.main:
-            self.metrics, self.samples, self.wandb = make_trackers(run, group=run.folder.parent.name)
+            self.metrics, self.samples, self.wandb = make_trackers(run)
             print(f"run: {run.folder}", file=sys.stderr)
 
     @property

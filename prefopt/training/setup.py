@@ -135,11 +135,12 @@ def unique_prompts(data: Dataset, count: int) -> list:
     return list(found.values())
 
 
-def make_trackers(run: Run, group: str | None) -> tuple[JsonlTracker, JsonlTracker, Any]:
+def make_trackers(run: Run) -> tuple[JsonlTracker, JsonlTracker, Any]:
     """(metrics, samples, W&B or None) of the main process."""
     cfg = run.cfg
     config = plain_config(cfg, cfg.algo["name"])
     if not (run.folder / "manifest.json").exists():
         write_atomic(run.folder / "manifest.json", json.dumps(manifest(cfg, run.about), indent=2, default=str))
-    wandb = make_wandb(cfg.tracker, run.folder, config, cfg.tracker.group or group, run.folder.name)
+    sweep = run.folder.parent.name if (run.folder.parent / "sweep.json").exists() else None
+    wandb = make_wandb(cfg.tracker, run.folder, config, cfg.tracker.group or sweep, run.folder.name)
     return JsonlTracker(run.folder / "metrics.jsonl"), JsonlTracker(run.folder / "samples.jsonl"), wandb

@@ -199,7 +199,8 @@ def test_a_model_that_cannot_be_reached_is_named(refused):
 
 
 def test_data_that_cannot_be_reached_is_named(refused):
-    assert "data.path=Anthropic/hh-rlhf could not be loaded" in refused("train", "data=hh-rlhf", "hardware=cpu")
+    sentence = refused("train", "data=hh-rlhf", "data.path=nobody/nothing", "hardware=cpu")
+    assert "data.path=nobody/nothing could not be loaded" in sentence and "use data=jsonl" in sentence
 
 
 def test_pickled_weights_are_refused(refused, tmp_path, tiny_lm):

@@ -217,3 +217,14 @@ def test_a_reader_that_stops_early_is_no_error():
     """A real pipe, because that is what breaks."""
     done = subprocess.run(f"{sys.executable} -m prefopt.cli list | head -n 1", shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("algo")
+
+
+@pytest.mark.parametrize("text", ["Hello, how are you?", "it's", "a 'b' c: {x} [1,2]", "5% of $HOME?", "what = x", "back\\slash"])
+def test_a_prompt_is_free_text(text):
+    """`prefopt sample prompt=...`: what a person asks needs no quotes but the shell's."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from prefopt.launch.app import _quoted
+
+    assert OverridesParser.create().parse_override(_quoted(f"prompt={text}")).value() == text
+    assert _quoted("prompt='as it is'") == "prompt='as it is'" and _quoted("prompt=null") == "prompt=null"

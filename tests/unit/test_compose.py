@@ -174,7 +174,8 @@ def test_options_and_overrides_in_any_order():
     assert parse(parser, ["--info", "algo=dpo"]).info == "all" and parse(parser, ["--info", "config"]).info == "config"
     assert parse(parser, ["~debug", "~hydra.job"]).overrides == ["~debug", "~hydra.job"]
     for words, said in [(["--mutlirun"], "unknown option --mutlirun; did you mean '--multirun'?"),
-                        (["--cfg"], "--cfg: expected one argument"), (["~seed"], "~seed: a key cannot be taken away"), (["--experimental-rerun", "x"], "reads a pickle")]:
+                        (["--cfg"], "--cfg: expected one argument"), (["~seed"], "~seed: a key cannot be taken away"),
+                        (["--experimental-rerun", "x"], "reads a pickle")]:
         with pytest.raises(UserError) as caught:
             parse(parser, words)
         assert said in str(caught.value)
