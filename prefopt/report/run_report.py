@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, mean, median, stdev
@@ -23,6 +21,7 @@ from typing import Any
 import yaml
 
 from prefopt.errors import UserError
+from prefopt.report.page import render, write_page
 from prefopt.report.plots import Change, Row, change, compact, duration, finite, groups, number, tidy
 from prefopt.tracking.redact import redact
 
@@ -442,25 +441,13 @@ def write_report(run_dir: Path) -> Path:
     rows = _read_lines(run_dir / "metrics.jsonl", problems)
     samples = _read_lines(run_dir / "samples.jsonl", problems)
     html = _render(config, manifest, status, rows, samples, problems)
-    path = run_dir / "report.html"
-    draft = run_dir / f".report.html.{os.getpid()}"  # same folder, so that the rename is atomic
-    try:
-        draft.write_bytes(html.encode("utf-8", "replace"))  # samples may hold half a surrogate pair
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    return write_page(run_dir / "report.html", html)
 
 
 def _render(config: dict, manifest: dict, status: dict, rows: list, samples: list, problems: list) -> str:
-    import jinja2  # here, so that the training loop can ask for alarms without it
-
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
-    environment.filters.update(number=number)
-    page = resources.files("prefopt.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     checks = _checks(rows)
-    return environment.from_string(page).render(
+    return render(
+        "page.html.j2",
         names={part: str(_dig(config, f"{part}.name") or f"unknown {part}") for part in PARTS},
         setup=_setup(config, manifest, status),
         state=str(status.get("state") or "state unknown"),

@@ -1,0 +1,132 @@
+"""Everything a reader must know before believing a comparison, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prefopt.report.compare_results import Results
+from prefopt.report.compare_runs import Method, Run, dig
+from prefopt.report.plots import compact, finite
+from prefopt.report.run_report import alarms
+
+FEW_PROMPTS = 30
+TOKENS_APART = 1.05  # seeds alone change the number of tokens by less
+
+
+def caveats(results: Results) -> list[str]:
+    checks = (_seeds, _unfinished, _alarms, _data, _models, _efforts, _settings, _selection)
+    return [line for check in checks for line in check(results)] + results.remarks
+
+
+def _seeds(results: Results) -> list[str]:
+    lines = []
+    one = [m for m in results.methods if len(m.seeds) == 1]
+    two = [m for m in results.methods if len(m.seeds) == 2]
+    if one:
+        which = _named(one, results)
+        lines.append(f"One seed only: {which}. Intervals and tests cover the choice of prompts, not what another seed would give.")
+    if two:
+        lines.append(f"Two seeds only: {_named(two, results)}. They say little about the spread between seeds.")
+    for method in results.methods:
+        doubled = [str(s) for s in method.seeds if sum(run.seed == s for run in method.runs) > 1]
+        if doubled:
+            lines.append(f"{method.label} has several runs of seed {', '.join(doubled)} with other results; they are averaged as one seed.")
+    if 0 < results.prompts < FEW_PROMPTS:
+        lines.append(f"Only {count(results.prompts, 'prompt')} were sampled at each evaluation; intervals from so few are rough.")
+    return lines
+
+
+def _named(methods: Sequence[Method], results: Results) -> str:
+    if len(methods) == len(results.methods) > 1:
+        return "all methods"
+    return ", ".join(m.label for m in methods) if len(methods) <= 6 else f"{len(methods)} methods"
+
+
+def _unfinished(results: Results) -> list[str]:
+    lines = []
+    for run in results.runs:
+        if run.state == "finished":
+            continue
+        step, total = run.status.get("step"), run.status.get("total_steps")
+        where = f" at step {step} of {total}" if step is not None else ""
+        lines.append(f"{run.name} did not finish: {run.state}{where}; its figures are those of step {run.step:.0f}.")
+    cut = [m for m in results.methods if len({run.step for run in m.runs}) > 1]
+    if cut:
+        lines.append(f"Runs of {_named(cut, results)} end at different steps; the curves go as far as all of them do.")
+    return lines
+
+
+def _alarms(results: Results) -> list[str]:
+    by_title: dict[str, list[str]] = {}
+    for run in results.runs:
+        for alarm in alarms(run.rows):
+            by_title.setdefault(alarm.title, []).append(run.name)
+    return [f"Alarm “{title}” in {count(len(names), 'run')}: {', '.join(names)}." for title, names in by_title.items()]
+
+
+def _data(results: Results) -> list[str]:
+    lines = []
+    if results.data_differs:
+        lines.append(f"The runs are over different data, compared because it was asked for: {'; '.join(results.data_differs)}.")
+    if not results.paired:
+        lines.append("The runs answered different prompts: differences are not paired by prompt, and there is no head-to-head win rate.")
+    if len({len(run.samples[run.step]) for run in results.runs if run.ids}) > 1:
+        which = f"the {results.prompts} that all answered" if results.paired else f"the first {results.prompts} of each"
+        lines.append(f"The runs answered different numbers of prompts; {which} are used.")
+    return lines
+
+
+def _models(results: Results) -> list[str]:
+    def differ(key: str, where: Callable[[Run], dict]) -> bool:
+        return len({str(v) for run in results.runs if (v := dig(where(run), key)) is not None}) > 1
+
+    def manifest(run: Run) -> dict:
+        return run.manifest
+
+    def config(run: Run) -> dict:
+        return run.config
+
+    lines = []
+    if differ("model.fingerprint", manifest) or differ("model.name", config) or differ("model.path", config):
+        lines.append("The runs start from different models: win rates and KL are each relative to their own initial policy.")
+    if differ("tokenizer_sha256", manifest):
+        lines.append("The tokenizers differ, so token counts and reply lengths are in different units.")
+    if differ("reference.policy", config):
+        lines.append("reference.policy differs: KL is taken to different policies.")
+    if any(differ(f"packages.{p}", manifest) for p in ("prefopt", "torch", "transformers")) or differ("git.commit", manifest):
+        lines.append("The runs were made with different versions of the code (see their manifests).")
+    if any(differ(key, manifest) for key in ("device", "threads", "processes", "platform")):
+        lines.append("The runs were made on different hardware or threads, so their times cannot be compared.")
+    return lines
+
+
+def _efforts(results: Results) -> list[str]:
+    lines = []
+    steps = {n for run in results.runs if (n := finite(run.status.get("total_steps"))) is not None}
+    if len(steps) > 1:
+        lines.append(f"The runs were given different numbers of steps ({', '.join(f'{n:.0f}' for n in sorted(steps))}).")
+    tokens = [t for run in results.runs if (t := run.figure("tokens"))]
+    if tokens and max(tokens) > TOKENS_APART * min(tokens):
+        lines.append(f"The runs were trained on different numbers of tokens ({compact(min(tokens))} to {compact(max(tokens))}).")
+    return lines
+
+
+def _settings(results: Results) -> list[str]:
+    keys = ("sampler.temperature", "sampler.top_p", "sampler.max_new_tokens")
+    differing = [key for key in keys if len({dig(run.config, key) for run in results.runs}) > 1]
+    return [f"{', '.join(differing)} differ, so the samples were not drawn in the same way."] if differing else []
+
+
+def _selection(results: Results) -> list[str]:
+    tried: dict[str, int] = {}
+    for method in results.methods:
+        algo = str(dig(method.runs[0].config, "algo.name"))
+        tried[algo] = tried.get(algo, 0) + 1
+    many = [f"{algo} ({count})" for algo, count in tried.items() if count > 1]
+    if not many:
+        return []
+    return [f"Several settings of one algorithm: {', '.join(many)}. The best of several, picked on these prompts, looks better than it is."]
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
