@@ -18,6 +18,7 @@ usage: prefopt <command> [overrides]
   train [overrides]        one run, or with -m a sweep       prefopt train algo=simpo model=tiny-lm
   eval run=FOLDER          judge a finished run              prefopt eval run=runs/...
   sample run=FOLDER        let a trained policy answer       prefopt sample run=runs/... prompt="..."
+  compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
   list [group]             what there is                     prefopt list algo --view pairs
   show NAME                one algorithm, model or dataset   prefopt show dpo
   data check [overrides]   look at data as a model sees it   prefopt data check data=jsonl data.path=pairs.jsonl
@@ -29,7 +30,7 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "eval", "sample", "list", "show", "data", "doctor", "completion")
+COMMANDS = ("train", "eval", "sample", "compare", "list", "show", "data", "doctor", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,6 +57,10 @@ def dispatch(argv: list[str]) -> Any:
             said = f"unknown command 'data {rest[0]}'" if rest else "prefopt data is no command of its own"
             raise UserError(f"{said}; did you mean 'data check'?")
         return _hydra("data_check", rest[1:])
+    elif command == "compare":
+        from prefopt.report.compare import main as compare
+
+        compare(rest)
     elif command == "list":
         from prefopt.config.catalogue import list_command
 

@@ -32,6 +32,14 @@ OTHERS = {
   GROUP        one of {groups}
   --view VIEW  algorithms that read this kind of data: {views}
   --needs NEED algorithms that need this (no-NEED: that do not): {needs}""",
+    "compare": """prefopt compare FOLDER... [--output FILE] [--different-data]: runs or whole sweeps side by side
+
+  Runs that differ in more than their seed are methods. Prints a table with intervals over seeds and prompts, and which differences are
+  significant; writes compare.html with the reward-KL frontier and the costs. Runs over different data are refused without --different-data.
+
+example
+  prefopt train -m algo=dpo,ipo,simpo,kto seed=0,1,2 hydra.sweep.dir=runs/four
+  prefopt compare runs/four""",
     "show": "prefopt show NAME: all about an algorithm, model, dataset, ...\n\nexample\n  prefopt show dpo",
     "doctor": "prefopt doctor: versions, devices, folders and keys of this machine; exit code 1 if something must be mended",
     "completion": 'prefopt completion bash|zsh|fish: a completion script\n\nexample\n  eval "$(prefopt completion bash)"',

@@ -13,7 +13,7 @@ from prefopt.config import catalogue
 from prefopt.config.schema import CHOICES, COMMANDS, all_keys, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "eval", "sample", "list", "show", "data", "doctor", "completion", "--help", "--version")
+TOP = ("train", "eval", "sample", "compare", "list", "show", "data", "doctor", "completion", "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
@@ -85,6 +85,8 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
         return [name for names in catalogue.groups().values() for name in names] if len(before) == 1 else []
     if command == "completion":
         return SCRIPTS if len(before) == 1 else []
+    if command == "compare":
+        return [*_paths(current, folders=True), "--output", "--different-data"]
     if command == "data" and len(before) == 1:
         return ["check"]
     command = "data_check" if command == "data" else command

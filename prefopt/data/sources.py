@@ -43,14 +43,14 @@ class Split:
         return h.hexdigest()
 
 
-def load_data(cfg: DataConfig, seed: int = 0) -> tuple[Split, Split]:
+def load_data(cfg: DataConfig) -> tuple[Split, Split]:
     """(train, eval) examples. With `on_bad_row=stop` the first unusable row raises a `UserError` naming file, row and reason."""
     train_rows, eval_rows, revision = _raw(cfg)
     train = _collect("train", train_rows, cfg, cfg.limit, revision)
     if eval_rows is not None:
         held_out = _collect("eval", eval_rows, cfg, cfg.eval_limit, revision)
     else:
-        train, held_out = _hold_out(train, cfg, seed)
+        train, held_out = _hold_out(train, cfg)
     if not train.examples:
         which = f".path={cfg.path}" if cfg.path else f"={cfg.name}"
         raise UserError(f"data{which}: no usable row among {len(train.rejected)} (first reason: {_first(train)})")
@@ -82,15 +82,15 @@ def reject(split: Split, origin: str, reason: str, cfg: DataConfig) -> None:
     split.rejected.append(Rejected(origin, reason))
 
 
-def _hold_out(train: Split, cfg: DataConfig, seed: int) -> tuple[Split, Split]:
-    """A held-out share chosen by the hash of each prompt, so that equal prompts never stand on both sides."""
+def _hold_out(train: Split, cfg: DataConfig) -> tuple[Split, Split]:
+    """A held-out share chosen by the hash of each prompt: equal prompts never stand on both sides, and all seeds are judged alike."""
     total = len(train.examples)
     wanted = min(int(cfg.eval_fraction * total), cfg.eval_limit or total)
     if wanted == 0:
         return train, Split("eval", [], revision=train.revision)
 
     def order(example: Example) -> str:
-        return hashlib.sha256(f"{seed}:{example.prompt_text}".encode()).hexdigest()
+        return hashlib.sha256(example.prompt_text.encode()).hexdigest()
 
     ranked = sorted(range(total), key=lambda i: (order(train.examples[i]), i))
     cut = wanted

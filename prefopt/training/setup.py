@@ -74,7 +74,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     """Loads model and data and checks them against the objective. Raises `UserError` before any step."""
     torch.manual_seed(cfg.seed)
     folder, objective = Path(cfg.run_dir), make_objective(cfg.algo)
-    train_split, held_out_split = load_data(cfg.data, cfg.seed)
+    train_split, held_out_split = load_data(cfg.data)
     for example in (*train_split.examples, *held_out_split.examples):
         check_use(example, cfg.data, objective.view, objective.columns)  # before the model is loaded, which may take minutes
     with accelerator.main_process_first():

@@ -235,19 +235,19 @@ def test_rows_that_fail_in_tokenising_are_counted_too(tmp_path):
 def test_equal_prompts_never_stand_on_both_sides(tmp_path):
     rows = [{"prompt": f"question {i % 37}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(300)]
     cfg = data_config(path=str(write(tmp_path / "a.jsonl", rows)), eval_fraction=0.1)
-    train, held_out = load_data(cfg, seed=3)
+    train, held_out = load_data(cfg)
     assert 30 <= len(held_out.examples) < 60
     assert len(train.examples) + len(held_out.examples) == 300
     assert not set(prompts(train)) & set(prompts(held_out))
 
 
-def test_the_held_out_prompts_depend_on_seed_and_prompt_only(tmp_path):
+def test_the_held_out_prompts_depend_on_the_prompts_only(tmp_path):
     rows = pairs(200)
     a = write(tmp_path / "a.jsonl", rows)
     b = write(tmp_path / "b.jsonl", rows[::-1])
-    held = lambda path, seed: set(prompts(load_data(data_config(path=str(path)), seed)[1]))  # noqa: E731
-    assert len(held(a, 0)) == 10
-    assert held(a, 0) == held(b, 0) != held(a, 1)
+    held = lambda path: set(prompts(load_data(data_config(path=str(path)))[1]))  # noqa: E731
+    assert len(held(a)) == 10
+    assert held(a) == held(b) != {row["prompt"] for row in rows[:10]}
 
 
 def test_eval_limit_bounds_the_held_out_share(tmp_path):
