@@ -9,7 +9,7 @@ quickstart:           ## make .venv, train DPO on the tiny world, show the repor
 
 test:                 ## make .venv with the test extras, run every test
 	@scripts/setup.sh test
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -c "from prefopt.policies.tiny_lm import ensure_tiny_lm; ensure_tiny_lm()"
+	.venv/bin/python -c "from prefopt.policies.tiny_lm import ensure_tiny_lm; ensure_tiny_lm()"
 	$(PYTEST) -n 2 --dist worksteal tests/unit tests/objectives tests/e2e tests/gpu
 	$(PYTEST) tests/distributed
 

@@ -93,8 +93,6 @@ def dispatch(argv: list[str]) -> Any:
 
 def _hydra(command: str, overrides: list[str]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that spin while they wait for each other make CPU steps several times slower on a machine that is shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from prefopt.launch.app import run
 
     return run(command, overrides)

@@ -213,7 +213,7 @@ class Tokeniser:
             what = "chosen and rejected" if kind == "pair" else "all completions"
             why = " after truncation" if any(out.cut_completions) else ""
             if self.tokenizer.unk_token_id in out.branches[0].ids:
-                why = ": most words are unknown to this tokenizer (tiny-lm knows the words of data=tiny-feedback only; choose another model)"
+                why = ": most words are unknown to this tokenizer (tiny-lm knows the words of data=tiny-feedback only; choose another)"
             raise BadRow(f"{what} are the same tokens{why}")
         return out
 
