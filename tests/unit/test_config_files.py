@@ -111,7 +111,7 @@ def test_choices_and_bounds_name_real_keys():
     assert {key for key, _, _ in schema.BOUNDS} <= known
 
 
-def test_every_schema_key_is_read():
+def test_trap_31_every_schema_key_is_read():
     """A key nobody reads is a lie. Read means: an attribute of that name in prefopt outside the schema; or ${key} in
     another config; or, in a block that code turns into a dict by `asdict(x.block)`, the name as a text constant.
     """
