@@ -181,6 +181,8 @@ class Log:
         self.samples.close()
         for alarm in alarms(read_jsonl(self.run.folder / "metrics.jsonl")):
             print(f"ALARM {alarm.title}: {alarm.explanation}", file=sys.stderr)
+        if state == "stopped":
+            print(f"after step {step}: {message} (with hydra.run.dir={self.run.folder})", file=sys.stderr)
         print(f"report: {report}", file=sys.stderr)
 
     def status(self, state: str, step: int, message: str = "") -> None:

@@ -96,13 +96,14 @@ def test_a_killed_run_resumes_to_the_same_bits(ten_steps, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_resumable_run(number, ten_steps, tmp_path, monkeypatch):
+def test_a_signal_leaves_a_resumable_run(number, ten_steps, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, signal_number=number)
         assert train(run, *TEN) == (143 if number == signal.SIGTERM else 130)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped" and status["step"] == 3
+    assert f"the same command continues it (with hydra.run.dir={run})" in capsys.readouterr().err
     assert train(run, *TEN) == 0
     assert same(run, ten_steps)
 
