@@ -89,14 +89,17 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     reference, how = (None, "none")
     if "reference" in objective.quantities or cfg.evaluation.kl:
         reference, how = make_reference(policy, cfg.reference.policy)
+    is_initial = cfg.reference.policy == "initial" or not cfg.model.lora.adapter
+    start = None
+    if cfg.evaluation.kl:  # KL is to the policy the run started from, whatever the objective's reference is
+        start = reference if is_initial else make_reference(policy, "initial")[0]
     engine = Engine(policy, objective, reference, cfg.optim, accelerator)
     make = dict(view=objective.view, budget=cfg.train.micro_batch_tokens, pad=policy.pad, soft_labels="label" in objective.columns,
                 seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes)
     source = OfflineSource(train.rows, batch_size=cfg.train.batch_size, **make)
     held_out_source = OfflineSource(held_out.rows, batch_size=max(len(held_out.rows), 1), **make) if held_out.rows else None
     judge = Judge(engine, held_out_source, unique_prompts(held_out, cfg.evaluation.prompts), cfg.sampler, cfg.seed,
-                  make_reward(cfg.reward, cfg.data), reference if cfg.evaluation.kl else None)
-    initial = cfg.reference.policy == "initial" or not cfg.model.lora.adapter
+                  make_reward(cfg.reward, cfg.data), start)
     about = {
         "device": str(accelerator.device), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
         "precision": cfg.hardware.precision, "reference": how, "model": policy.source,
@@ -106,7 +109,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "data": {s.name: {"sha256": s.digest(), "revision": s.revision, **d.stats} for s, d in
                  ((train_split, train), (held_out_split, held_out))},
     }
-    return Run(cfg, folder, engine, source, judge, held_out, cfg.train.steps or source.steps(cfg.train.epochs), initial, about)
+    return Run(cfg, folder, engine, source, judge, held_out, cfg.train.steps or source.steps(cfg.train.epochs), is_initial, about)
 
 
 def dataset(split: Split, cfg: TrainConfig, policy: Any, objective: Objective) -> Dataset:

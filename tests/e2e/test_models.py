@@ -104,3 +104,17 @@ def test_compare_of_a_real_sweep(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "dpo" in table and "simpo" in table and (sweep / "compare.html").is_file()
     assert main(["compare", str(tmp_path / "nowhere")]) == 2
+
+
+def test_kl_is_to_the_initial_policy_also_when_the_reference_is_the_base(pairs, tmp_path):
+    folder = toy.save_model(tmp_path / "model", "llama", "chatml")
+    common = ["model=smollm2-135m-lora", f"model.path={folder}", "data=jsonl", f"data.path={pairs}", "data.eval_fraction=0.25",
+              "sampler.max_new_tokens=8"]
+    assert train(tmp_path / "first", *common, "optim.lr=0.01") == 0
+    again = [*common, f"model.lora.adapter={tmp_path / 'first' / 'model'}"]
+    starts = {}
+    for which in ("initial", "base"):
+        assert train(tmp_path / which, *again, f"reference.policy={which}") == 0
+        starts[which] = read_jsonl(tmp_path / which / "metrics.jsonl")[0]
+    assert starts["initial"]["reward/margin"] == 0 != starts["base"]["reward/margin"]
+    assert starts["initial"]["kl"] == starts["base"]["kl"] == 0
