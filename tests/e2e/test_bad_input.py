@@ -172,12 +172,12 @@ def test_data_of_the_wrong_kind_is_refused_before_the_model_is_loaded(rows, algo
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 100)[:40], "cut.jsonl.gz: cannot be read (EOFError"),
+    ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 100, mtime=0)[:40], "cut.jsonl.gz: cannot be read (EOFError"),
     ("no.parquet", b"not a table at all", "no.parquet: is not a readable parquet file"),
     ("object.json", b"{}", "a .json file must hold a list of rows"),
     ("table.csv", b"a,b", "cannot read this kind of file; use .jsonl"),
     ("folder.jsonl", None, "the folder holds no .jsonl"),
-])
+], ids=["cut gzip", "no parquet", "object", "csv", "empty folder"])  # not from the bytes: two workers must collect the same tests
 def test_unreadable_files_are_named(name, content, said, refused, tmp_path):
     (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
     sentence = refused("train", "data=jsonl", f"data.path={name}", "hardware=cpu")
