@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.objectives.base import Batch, Demonstrations, Pairs, Unary
+from prefopt.objectives.base import Batch, Demonstrations, Groups, Pairs, Unary
 
 
 @dataclass
 class Row:
-    """A tokenised example with what its views need. `mismatched` is another row's reply under this prompt."""
+    """A tokenised example with what its views need. `mismatched` is another row's reply under this prompt. `stored` holds what a scorer
+    once said of each reply's trained tokens (log-probs, nats), for scorers that are not asked again.
+    """
 
     tokens: Tokens
     kind: str
@@ -29,6 +31,7 @@ class Row:
     scores: list[float] | None = None
     desirable: list[bool] | None = None
     mismatched: list[Branch] | None = None
+    stored: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def branches(self, view: str) -> list[Branch]:
         """The completions that `view` reads."""
@@ -50,6 +53,7 @@ class MicroBatch:
     layout: Batch  # without scores
     gradient: Tensor  # [E] bool: edges whose scores may carry a gradient
     rows: list[int]
+    stored: dict[str, Tensor] = field(default_factory=dict)  # scorer -> [N] token log-probs that need not be computed
 
     @property
     def tokens(self) -> int:
@@ -65,16 +69,10 @@ class MicroBatch:
         return MicroBatch(self.input_ids[keep], self.attention[keep], trained, layout, self.gradient[keep], self.rows)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        layout = Batch(
-            self.layout.lengths.to(device), self.layout.token_edge.to(device), {},
-            *(_move(v, device) for v in (self.layout.pairs, self.layout.unary, self.layout.demonstrations)),
-        )
+        layout = Batch(self.layout.lengths.to(device), self.layout.token_edge.to(device), {},
+                       **self.layout.views(lambda _, t: t.to(device)))
         return MicroBatch(self.input_ids.to(device), self.attention.to(device), self.trained.to(device), layout,
-                          self.gradient.to(device), self.rows)
-
-
-def _move(view, device):
-    return None if view is None else type(view)(**{k: v.to(device) for k, v in vars(view).items()})
+                          self.gradient.to(device), self.rows, {scorer: t.to(device) for scorer, t in self.stored.items()})
 
 
 def derangement(count: int, seed: int) -> list[int]:
@@ -134,6 +132,7 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
     unary: list[tuple[int, bool, float]] = []
     mismatched: list[int] = []
     demonstrations: list[tuple[int, float]] = []
+    groups: list[tuple[int, int, float, float]] = []
     for number in chosen or [filler]:
         row = rows[number]
         first = len(edges)
@@ -145,10 +144,12 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
             pairs += _pairs(row, first, soft_labels)
         elif view == "unary":
             unary += _unary(row, first)
+        elif view == "groups":
+            groups += [(first + i, first, reward, row.weight) for i, reward in enumerate(row.scores)]
         else:
             demonstrations.append((first, row.weight))
     if not chosen:
-        pairs, unary, mismatched, demonstrations = [], [], [], []
+        pairs, unary, mismatched, demonstrations, groups = [], [], [], [], []
 
     width = max(len(p) + len(b.ids) for p, b, _ in edges)
     input_ids = torch.full((len(edges), width), pad)
@@ -166,11 +167,16 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
     elif view == "unary":
         e, d, w = zip(*unary, strict=True) if unary else ((),) * 3
         layout.unary = Unary(_long(e), torch.tensor(d, dtype=torch.bool), _float(w), _long(mismatched))
+    elif view == "groups":
+        e, g, r, w = zip(*groups, strict=True) if groups else ((),) * 4
+        layout.groups = Groups(_long(e), _long(g), _float(r), _float(w))
     else:
         e, w = zip(*demonstrations, strict=True) if demonstrations else ((),) * 2
         layout.demonstrations = Demonstrations(_long(e), _float(w))
     gradient = torch.tensor([g for _, _, g in edges])
-    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen))
+    of = [rows[number].stored for number in chosen or [filler]]
+    stored = {scorer: _float([x for row in of for reply in row[scorer] for x in reply]) for scorer in of[0]}
+    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen), stored)
 
 
 def _pairs(row: Row, first: int, soft_labels: bool) -> list[tuple[int, int, float, float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefopt.config.schema import DataConfig
@@ -13,12 +13,12 @@ from prefopt.data.sources import Split, reject
 from prefopt.data.tokenise import Tokens
 from prefopt.errors import UserError
 
-VIEW_OF_KIND = {
-    "pair": ("pairs", "unary", "demonstrations"),
-    "ranking": ("pairs", "unary", "demonstrations"),
-    "unary": ("unary", "demonstrations"),
-    "demonstration": ("demonstrations",),
-    "prompt": (),
+VIEW_OF_KIND = {  # groups are sampled, so any row's prompt will do
+    "pair": ("pairs", "unary", "demonstrations", "groups"),
+    "ranking": ("pairs", "unary", "demonstrations", "groups"),
+    "unary": ("unary", "demonstrations", "groups"),
+    "demonstration": ("demonstrations", "groups"),
+    "prompt": ("groups",),
 }
 
 
@@ -72,6 +72,21 @@ def make_dataset(
         "longest": max((r.tokens.longest for r in out.rows), default=0),
         "trained_tokens": sum(b.trained for r in out.rows for b in r.branches(view)),
     }
+    return out
+
+
+def make_prompts(split: Split, cfg: DataConfig, prompt_ids: Callable[[list, bool], list[int]]) -> Dataset:
+    """The prompts of a split, to sample replies to; completions that it may hold are not read."""
+    out = Dataset([], [])
+    for example in split.examples:
+        try:
+            tokens = Tokens(prompt_ids(example.prompt, example.chat), [])
+        except BadRow as reason:
+            reject(split, example.origin, str(reason), cfg)
+            continue
+        out.examples.append(replace(example, completions=[]))
+        out.rows.append(Row(tokens, "prompt"))
+    out.stats = {"rows": len(out.rows), "rejected": len(split.rejected), "longest": max((r.tokens.longest for r in out.rows), default=0)}
     return out
 
 

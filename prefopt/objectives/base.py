@@ -6,9 +6,9 @@ Log-probs are in nats, in fp32 (float64 in the oracles).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,10 +44,23 @@ class Demonstrations:
 
 
 @dataclass
+class Groups:
+    """Completions sampled for the same prompts and what each was worth. All tensors are [S]."""
+
+    edge: Tensor
+    group: Tensor  # the first edge of the group that a completion belongs to
+    reward: Tensor
+    weight: Tensor
+
+
+VIEWS = ("pairs", "unary", "demonstrations", "groups")
+
+
+@dataclass
 class Batch:
     """Scores of a set of edges and the views an objective reads them through.
 
-    `scores[scorer][quantity]`: `logp` is [E] (token sum), `token_logp` is [N]. `token_edge` [N] names each token's edge.
+    `scores[scorer][quantity]`: `logp` (token sum) and `reward` are [E], `token_logp` is [N]. `token_edge` [N] names each token's edge.
     """
 
     lengths: Tensor  # [E] number of trained tokens
@@ -56,6 +69,12 @@ class Batch:
     pairs: Pairs | None = None
     unary: Unary | None = None
     demonstrations: Demonstrations | None = None
+    groups: Groups | None = None
+
+    def views(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """The views that are there, with every tensor replaced by `change(field, tensor)`."""
+        found = {name: view for name in VIEWS if (view := getattr(self, name)) is not None}
+        return {name: type(view)(**{f: change(f, t) for f, t in vars(view).items()}) for name, view in found.items()}
 
     def logp(self, scorer: str = "policy") -> Tensor:
         """[E] log-prob of each completion, summed over its trained tokens."""
@@ -86,7 +105,7 @@ class Term:
 
     name: str
     values: Tensor
-    unit: str  # pair | completion | token | batch
+    unit: str  # pair | completion | token
     weight: float = 1.0
 
 
@@ -103,7 +122,8 @@ class Objective:
     Class attributes tell the rest of prefopt, which reads them from source without importing torch:
     `formula` is the value of each term for one unit, in plain arithmetic: w, l (sequence log-probs of chosen and rejected), rw, rl
     (the same under the reference), nw, nl (their token counts), h = (w-rw)-(l-rl), p (soft label), m (margin); unary: y, r, n, d
-    (1 if desirable), z (KL estimate); t (one token's log-prob). Tests evaluate it as the oracle, the docs print it.
+    (1 if desirable), z (KL estimate); t (one token's log-prob); groups: R (the completion's reward), G (rewards of its group), tokens
+    (t, the same under the policy that sampled it, and under the reference, of each token). Tests evaluate it as the oracle, the docs print it.
     `golden` lists (settings and scores, value); `limits` lists (settings and scores to pin, formula that must then hold).
     """
 
@@ -147,8 +167,8 @@ def unit_weight(batch: Batch, term: Term) -> Tensor:
         per_edge = torch.zeros(batch.lengths.shape, dtype=term.values.dtype, device=term.values.device)
         per_edge.index_add_(0, edge, view.weight.to(per_edge.dtype))
         return per_edge[batch.token_edge[batch.tokens_of(edge)]]
-    view = {"pair": batch.pairs, "completion": batch.unary}.get(term.unit)
-    return torch.ones_like(term.values) if view is None else view.weight.to(term.values.dtype)
+    view = batch.pairs if term.unit == "pair" else batch.unary or batch.groups
+    return view.weight.to(term.values.dtype)
 
 
 def total_weights(objective: Objective, batch: Batch) -> dict[str, float]:
@@ -157,7 +177,7 @@ def total_weights(objective: Objective, batch: Batch) -> dict[str, float]:
         scorer: {q: torch.zeros_like(batch.token_edge if q == "token_logp" else batch.lengths, dtype=torch.float64) for q in quantities}
         for scorer, quantities in objective.quantities.items()
     }
-    layout = Batch(batch.lengths, batch.token_edge, blank, batch.pairs, batch.unary, batch.demonstrations)
+    layout = replace(batch, scores=blank)
     with torch.no_grad():
         return {t.name: float(unit_weight(layout, t).sum()) for t in objective(layout).terms}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,68 +15,105 @@ from prefopt.errors import UserError
 Provider = Callable[[MicroBatch], Tensor]
 
 
-def make_reference(policy: nn.Module, which: str) -> tuple[Provider, str]:
-    """(scores of the reference for a micro-batch, a phrase saying how). Call it before the first step.
+class AdapterOff:
+    """The policy without its adapter: costs no memory."""
+
+    how = "adapter off"
+
+    def __init__(self, policy: nn.Module):
+        self.policy = policy
+
+    def active(self) -> AbstractContextManager:
+        """In it, the policy scores as the reference does."""
+        return self.policy.without_adapter()
+
+    @torch.no_grad()
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            with self.active():
+                return self.policy(micro)
+        finally:
+            self.policy.train(was_training)
+
+
+class AdapterCopy(AdapterOff):
+    """A second, frozen adapter beside the one that is trained. `refresh` makes it equal to the policy again."""
+
+    how = "frozen copy of the initial adapter"
+
+    def __init__(self, policy: nn.Module, name: str):
+        super().__init__(policy)
+        self.name, model = name, policy.model
+        self.trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        with torch.random.fork_rng(devices=[]):  # the new adapter is drawn at random before it is overwritten
+            model.add_adapter(name, model.peft_config["default"])
+        self._activate("default")
+        self.refresh()
+
+    def refresh(self) -> None:
+        from peft import get_peft_model_state_dict
+
+        self.load(get_peft_model_state_dict(self.policy.model, adapter_name="default"))
+
+    def state(self) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.policy.model, adapter_name=self.name)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.policy.model, state, adapter_name=self.name)
+
+    def _activate(self, adapter: str) -> None:
+        model = self.policy.model
+        model.base_model.set_adapter(adapter)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+
+    @contextmanager
+    def active(self):
+        self._activate(self.name)
+        try:
+            yield
+        finally:
+            self._activate("default")
+
+
+class FrozenCopy:
+    """A second model. `refresh` makes it equal to the policy again."""
+
+    how = "frozen copy"
+
+    def __init__(self, policy: nn.Module):
+        self.policy, self.frozen = policy, copy.deepcopy(policy).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        return self.frozen(micro)
+
+    def refresh(self) -> None:
+        self.frozen.load_state_dict(self.policy.state_dict())
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.frozen.named_parameters() if name in self.policy.trainable()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.frozen.load_state_dict(state, strict=False)
+
+
+def make_reference(policy: nn.Module, which: str, moves: bool = False, name: str = "reference") -> AdapterOff | FrozenCopy:
+    """The scores of the reference for a micro-batch; `how` says how they are got. Call it before the first step.
 
     `initial` is the policy as it stands now; `base` the model without its adapter. A fresh LoRA adapter changes nothing, so both are
-    the adapter switched off; an adapter loaded from disk makes them differ. The copy shares dtype, attention and device with the policy.
+    the adapter switched off; an adapter loaded from disk makes them differ, and so does a reference that `moves` (is refreshed on the
+    way). The copy shares dtype, attention and device with the policy. `name` tells several copies of one adapter apart.
     """
     lora = getattr(getattr(policy, "cfg", None), "lora", None)
     if lora is not None and lora.enabled:
-        if which == "base" or not lora.adapter:
-            return _adapter_off(policy), "adapter off"
-        return _initial_adapter(policy), "frozen copy of the initial adapter"
+        return AdapterOff(policy) if which == "base" or not (lora.adapter or moves) else AdapterCopy(policy, name)
     if which == "base":
         raise UserError("reference.policy=base means the model without its adapter, and there is none; use reference.policy=initial")
-    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def score(micro: MicroBatch) -> Tensor:
-        return frozen(micro)
-
-    return score, "frozen copy"
-
-
-def _adapter_off(policy) -> Provider:
-    @torch.no_grad()
-    def score(micro: MicroBatch) -> Tensor:
-        was_training = policy.training
-        policy.eval()
-        try:
-            with policy.without_adapter():
-                return policy(micro)
-        finally:
-            policy.train(was_training)
-
-    return score
-
-
-def _initial_adapter(policy) -> Provider:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    model = policy.model
-    with torch.random.fork_rng(devices=[]):  # the new adapter is drawn at random before it is overwritten
-        model.add_adapter("reference", model.peft_config["default"])
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="default"), adapter_name="reference")
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-
-    def activate(adapter: str) -> None:
-        model.base_model.set_adapter(adapter)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".reference." not in name and trainable[name])
-
-    activate("default")
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def score(micro: MicroBatch) -> Tensor:
-        was_training = policy.training
-        policy.eval()
-        activate("reference")
-        try:
-            return policy(micro)
-        finally:
-            activate("default")
-            policy.train(was_training)
-
-    return score
+    return FrozenCopy(policy)

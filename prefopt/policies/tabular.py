@@ -16,8 +16,8 @@ from prefopt.errors import UserError
 from prefopt.policies.causal_lm import Reply
 
 
-class Tabular(nn.Module):
-    """log pi(y | x) = log_softmax(logits[x])[y]; prompt token x, reply token y. Starts at the world's reference policy."""
+class Table(nn.Module):
+    """One number for each prompt token x and reply token y."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -28,9 +28,6 @@ class Tabular(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.logits.device
-
-    def forward(self, micro: MicroBatch) -> Tensor:
-        return self.logits.log_softmax(-1)[micro.input_ids[:, 0], micro.input_ids[:, 1]]
 
     def tokenise(self, example: Example) -> Tokens:
         branches = []
@@ -47,6 +44,24 @@ class Tabular(nn.Module):
             raise BadRow(f"'{text}' is no prompt of the bandit world; its prompts are 0 to {bandit.PROMPTS - 1}")
         return [int(text)]
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"logits": self.logits.detach().cpu().contiguous()}, str(folder / "model.safetensors"))
+
+
+class Tabular(Table):
+    """log pi(y | x) = log_softmax(logits[x])[y]. Starts at the world's reference policy."""
+
+    quantity = "token_logp"  # what `forward` returns
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        return self.logits.log_softmax(-1)[micro.input_ids[:, 0], micro.input_ids[:, 1]]
+
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
         if sampler.top_p < 1:
@@ -61,12 +76,3 @@ class Tabular(nn.Module):
                 y = int(torch.multinomial((table[x] / sampler.temperature).softmax(-1), 1, generator=generator))
             replies.append(Reply([y], True, f"{x}:{y}"))
         return replies
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.named_parameters())
-
-    def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"logits": self.logits.detach().cpu().contiguous()}, str(folder / "model.safetensors"))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from prefopt.objectives.base import Batch
 
-EDGE_FIELDS = {"chosen", "rejected", "edge", "mismatched"}  # fields of views that hold edge numbers
+EDGE_FIELDS = {"chosen", "rejected", "edge", "mismatched", "group"}  # fields of views that hold edge numbers
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -19,21 +19,16 @@ def join(batches: Sequence[Batch]) -> Batch:
         offsets.append(offsets[-1] + len(batch.lengths))
     first = batches[0]
 
-    def view(name: str):
-        if getattr(first, name) is None:
-            return None
-        parts = [getattr(b, name) for b in batches]
-        joined = {
-            f: torch.cat([getattr(p, f) + o if f in EDGE_FIELDS else getattr(p, f) for p, o in zip(parts, offsets, strict=False)])
-            for f in vars(parts[0])
-        }
-        return type(parts[0])(**joined)
-
+    parts = [b.views(lambda f, t, o=o: t + o if f in EDGE_FIELDS else t) for b, o in zip(batches, offsets, strict=False)]
+    views = {
+        name: type(view)(**{f: torch.cat([getattr(p[name], f) for p in parts]) for f in vars(view)})
+        for name, view in parts[0].items()
+    }
     return Batch(
         torch.cat([b.lengths for b in batches]),
         torch.cat([b.token_edge + o for b, o in zip(batches, offsets, strict=False)]),
         {s: {q: torch.cat([b.scores[s][q] for b in batches]) for q in first.scores[s]} for s in first.scores},
-        view("pairs"), view("unary"), view("demonstrations"),
+        **views,
     )
 
 
@@ -48,9 +43,5 @@ def gather_batches(batch: Batch, world: int) -> list[Batch]:
 
 
 def _to(batch: Batch, device) -> Batch:
-    def move(view):
-        return None if view is None else type(view)(**{k: v.to(device) for k, v in vars(view).items()})
-
     scores = {s: {q: t.detach().to(device) for q, t in qs.items()} for s, qs in batch.scores.items()}
-    return Batch(batch.lengths.to(device), batch.token_edge.to(device), scores, move(batch.pairs), move(batch.unary),
-                 move(batch.demonstrations))
+    return Batch(batch.lengths.to(device), batch.token_edge.to(device), scores, **batch.views(lambda _, t: t.to(device)))

@@ -44,7 +44,9 @@ def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
 class Engine:
     """Owns the policy, its optimiser and the processes. The gradient it steps along never depends on how a step is split."""
 
-    def __init__(self, policy: nn.Module, objective: Objective, reference: Provider | None, cfg: OptimConfig, accelerator: Accelerator):
+    def __init__(self, policy: nn.Module, objective: Objective, reference: Provider | None, cfg: OptimConfig, accelerator: Accelerator,
+                 moving_reference: bool = False):
+        self.moving_reference = moving_reference  # it is refreshed on the way, and belongs into the checkpoints
         self.policy, self.objective, self.reference, self.cfg, self.accelerator = policy, objective, reference, cfg, accelerator
         self.parameters = list(policy.trainable().values())
         matrices = [p for p in self.parameters if p.dim() >= 2]
@@ -59,10 +61,15 @@ class Engine:
 
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
         """The quantities that the objective reads, for the edges of a micro-batch."""
-        token_logp = {"policy": (model or self.model)(micro)}
-        if "reference" in self.objective.quantities:
-            token_logp["reference"] = self.reference(micro)
-        return replace(micro.layout, scores={s: quantities(t, micro.layout) for s, t in token_logp.items()})
+        made = {"policy": (model or self.model)(micro)}
+        for scorer in self.objective.quantities:
+            if scorer in micro.stored:
+                made[scorer] = micro.stored[scorer]
+            elif scorer == "previous":  # nothing was stored: the policy has not moved since it wrote these replies
+                made[scorer] = made["policy"].detach()
+            elif scorer == "reference":
+                made[scorer] = self.reference(micro)
+        return replace(micro.layout, scores={s: quantities(t, micro.layout, self.policy.quantity) for s, t in made.items()})
 
     def step(self, micros: Sequence[MicroBatch], lr: float) -> StepResult:
         """One update on this rank's micro-batches of a global step. All ranks must bring equally many."""
@@ -114,7 +121,7 @@ class Engine:
             keep = micro.only(micro.gradient)
             kept_tokens = micro.gradient[micro.layout.token_edge]
             with self._synced(last=i == len(micros) - 1):
-                live = quantities(self.model(keep), keep.layout)
+                live = quantities(self.model(keep), keep.layout, self.policy.quantity)
                 replay = torch.zeros((), device=self.accelerator.device)
                 for q, g in upstream.items():
                     if q == "token_logp":
@@ -147,7 +154,12 @@ class Engine:
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
 
-def quantities(token_logp: Tensor, layout: Batch) -> dict[str, Tensor]:
-    """`token_logp` [N] and its sum per edge `logp` [E]. Sums are fp32 (or float64), whatever the model computes in."""
-    logp = torch.zeros(layout.lengths.shape, dtype=token_logp.dtype, device=token_logp.device)
-    return {"token_logp": token_logp, "logp": logp.index_add(0, layout.token_edge, token_logp)}
+def quantities(made: Tensor, layout: Batch, kind: str = "token_logp") -> dict[str, Tensor]:
+    """What a scorer made, by name: `reward` [E] of a reward model, or `token_logp` [N] and its sum per edge `logp` [E].
+
+    Sums are fp32 (or float64), whatever the model computes in.
+    """
+    if kind == "reward":
+        return {"reward": made}
+    logp = torch.zeros(layout.lengths.shape, dtype=made.dtype, device=made.device)
+    return {"token_logp": made, "logp": logp.index_add(0, layout.token_edge, made)}

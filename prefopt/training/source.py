@@ -1,4 +1,4 @@
-"""Where the loop's batches come from. Offline: a fixed set of rows, in an order that (seed, epoch) decides."""
+"""Where the loop's batches come from. Offline: a fixed set of rows, in an order that (seed, epoch) decides. See also `online`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ class OfflineSource:
     budget: int
     pad: int
     soft_labels: bool
-    seed: int
+    seed: int | str
     rank: int = 0
     world: int = 1
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a step's row says about where its batch came from."""
+        return {}
 
     def steps(self, epochs: float) -> int:
         """Optimiser steps in so many passes over the rows."""

@@ -25,9 +25,21 @@ def expm1(x: Decimal) -> Decimal:
     return x.exp() - 1
 
 
+def mean(values) -> Decimal:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def std(values) -> Decimal:
+    """With n - 1; 0 for a single value."""
+    middle = mean(values)
+    return (sum((v - middle) ** 2 for v in values) / max(len(values) - 1, 1)).sqrt()
+
+
 FUNCTIONS = {
     "log": lambda x: x.ln(), "exp": lambda x: x.exp(), "expm1": expm1, "log1p": lambda x: (1 + x).ln(), "sigmoid": sigmoid,
     "sqrt": lambda x: x.sqrt(), "tanh": lambda x: 2 * sigmoid(2 * x) - 1, "abs": abs, "max": max, "min": min,
+    "mean": mean, "std": std,
 }
 
 
@@ -48,9 +60,16 @@ def _compiled(formula: str):
 
 def evaluate(formula: str, names: Mapping[str, object]) -> float:
     """The value of `formula`. Floats in `names` are taken exactly; truth values and strings stay what they are."""
-    exact = {k: Decimal(v) if type(v) in (int, float) else v for k, v in names.items()}
     with localcontext(EXACT):
-        return float(eval(_compiled(formula), {"__builtins__": {}, "number": Decimal, **FUNCTIONS}, exact))
+        return float(eval(_compiled(formula), {"__builtins__": {}, "number": Decimal, **FUNCTIONS, **_exact(dict(names))}))
+
+
+def _exact(value):
+    if isinstance(value, dict):
+        return {k: _exact(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_exact(v) for v in value)
+    return Decimal(value) if type(value) in (int, float) else value
 
 
 def units(batch: Batch, unit: str) -> list[tuple[dict[str, float], float]]:
@@ -60,6 +79,8 @@ def units(batch: Batch, unit: str) -> list[tuple[dict[str, float], float]]:
     lengths = batch.lengths.tolist()
     if unit == "pair":
         return [_pair(policy, reference, lengths, *row) for row in _rows(batch.pairs)]
+    if unit == "completion" and batch.groups:
+        return _grouped(batch)
     if unit == "completion":
         return _completions(batch, policy, reference, lengths)
     assert unit == "token", f"no formula is defined for the unit {unit!r}"
@@ -99,6 +120,15 @@ def _completions(batch: Batch, policy, reference, lengths) -> list[tuple[dict[st
         if "logp" in reference:
             names["r"] = reference["logp"][edge]
         out.append((names, weight))
+    return out
+
+
+def _grouped(batch: Batch) -> list[tuple[dict[str, object], float]]:
+    rows, out = _rows(batch.groups), []
+    tokens = [batch.scores[scorer]["token_logp"].tolist() for scorer in ("policy", "previous", "reference")]
+    for edge, group, reward, weight in rows:
+        own = [numbers for e, *numbers in zip(batch.token_edge.tolist(), *tokens, strict=True) if e == edge]
+        out.append(({"R": reward, "G": [r for _, g, r, _ in rows if g == group], "tokens": own}, weight))
     return out
 
 

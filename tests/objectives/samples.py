@@ -6,8 +6,9 @@ import importlib
 import itertools
 import random
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -15,16 +16,17 @@ from torch import Tensor
 
 from prefopt.data.batch import Row
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.objectives.base import Batch, Demonstrations, Objective, Pairs, Unary
+from prefopt.objectives.base import Batch, Demonstrations, Groups, Objective, Pairs, Unary
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = {path.stem: path for path in sorted((ROOT / "conf" / "algo").glob("*.yaml"))}
-NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t"}  # what a golden number or a limit may pin
+NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t", "R", "G", "tokens"}  # what a golden number or a limit may pin
 
 
 def settings_of(slug: str) -> tuple[type[Objective], dict]:
     """The class that a file of conf/algo names, and its settings."""
     values = OmegaConf.to_container(OmegaConf.load(YAML[slug]), resolve=True)
+    values.pop("defaults", None)  # which source it draws from
     module, _, name = values.pop("_target_").rpartition(".")
     return getattr(importlib.import_module(module), name), values
 
@@ -81,7 +83,7 @@ def scored(objective: Objective, layout: Batch, tokens: dict[str, Tensor]) -> Ba
         total = token_logp.new_zeros(layout.lengths.shape).index_add(0, layout.token_edge, token_logp)
         made = {"logp": total, "token_logp": token_logp}
         scores[scorer] = {quantity: made[quantity] for quantity in quantities}
-    return Batch(layout.lengths, layout.token_edge, scores, layout.pairs, layout.unary, layout.demonstrations)
+    return replace(layout, scores=scores)
 
 
 def layout_of(lengths: list[int], **views) -> Batch:
@@ -109,6 +111,10 @@ def random_layout(objective: Objective, rng: random.Random, units: int, edges: i
         mismatched = torch.tensor(order[:3] if objective.mismatched else [], dtype=torch.long)
         edge = torch.tensor([rng.choice(order[3:-1]) for _ in range(units)], dtype=torch.long)
         layout.unary = Unary(edge, torch.tensor([rng.random() < 0.5 for _ in range(units)], dtype=torch.bool), weight, mismatched)
+    elif objective.view == "groups":
+        edge = torch.tensor(rng.sample(range(edges - 1), units), dtype=torch.long)
+        group = edge[[i - i % 3 for i in range(units)]]
+        layout.groups = Groups(edge, group, floats(rng.uniform(-2, 2) for _ in range(units)), weight)
     else:
         edge = torch.tensor(rng.sample(range(edges - 1), units), dtype=torch.long)
         layout.demonstrations = Demonstrations(edge, weight)
@@ -122,6 +128,8 @@ def random_tokens(objective: Objective, layout: Batch, rng: random.Random) -> di
 def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
     """A batch of a single unit with the scores `names` (see `NAMES`), whose tokens share the log-prob of their edge evenly."""
     assert names.keys() <= NAMES, f"unknown names {names.keys() - NAMES}"
+    if objective.view == "groups":
+        return _one_of_a_group(objective, names)
     get = {"p": 1, "m": 0, "nw": 1, "nl": 1, "n": 1, "d": 1, "z": 0, "w": 0, "l": 0, "y": 0, "rw": 0, "rl": 0, "r": 0} | names
     one, policy, reference = floats([1]), [], []
     if objective.view == "pairs":
@@ -140,6 +148,17 @@ def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
     return scored(objective, layout, {s: floats(policy if s == "policy" else reference) for s in objective.quantities})
 
 
+def _one_of_a_group(objective: Objective, names: dict[str, Any]) -> Batch:
+    """The unit and the others of its group, which have a reward but no weight."""
+    others = list(names["G"])
+    others.remove(names["R"])
+    count, tokens = 1 + len(others), [*names["tokens"], *([(0, 0, 0)] * len(others))]
+    groups = Groups(torch.arange(count), torch.zeros(count, dtype=torch.long), floats([names["R"], *others]), floats([1, *(0 for _ in others)]))
+    layout = layout_of([len(names["tokens"]), *(1 for _ in others)], groups=groups)
+    scores = dict(zip(("policy", "previous", "reference"), map(floats, zip(*tokens, strict=True)), strict=True))
+    return scored(objective, layout, {s: scores[s] for s in objective.quantities})
+
+
 def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
     """Values for every name that a formula may use in this view."""
     if objective.view == "pairs":
@@ -147,6 +166,9 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
         logps = {k: -n * rng.uniform(0.05, 3) for k, n in (("w", nw), ("rw", nw), ("l", nl), ("rl", nl))}
         return logps | {"nw": nw, "nl": nl, "p": rng.random() if "label" in objective.columns else 1.0,
                         "m": rng.uniform(-1, 2) if "margin" in objective.columns else 0.0}
+    if objective.view == "groups":
+        rewards = [rng.uniform(-2, 2) for _ in range(rng.randint(2, 4))]
+        return {"R": rng.choice(rewards), "G": rewards, "tokens": [tuple(-rng.uniform(0.05, 3) for _ in range(3)) for _ in range(rng.randint(1, 5))]}
     if objective.view == "unary":
         n = rng.randint(1, 5)
         return {"n": n, "y": -n * rng.uniform(0.05, 3), "r": -n * rng.uniform(0.05, 3), "d": rng.randint(0, 1), "z": rng.uniform(0, 3)}
@@ -189,6 +211,9 @@ def random_rows(objective: Objective, rng: random.Random, count: int) -> list[Ro
                 extra["label"] = rng.choice([1.0, 0.75])
             if objective.mismatched:
                 extra["mismatched"] = [branch(rng, prompt_only=i % 2) for _ in range(replies)]
+        elif objective.view == "groups":
+            replies, kind = rng.randint(2, 4), "group"
+            extra["scores"] = [rng.uniform(-2, 2) for _ in range(replies)]
         else:
             replies, kind = rng.randint(1, 2), "demonstration"
         prompt = [rng.randint(4, 99) for _ in range(rng.randint(1, 8))]

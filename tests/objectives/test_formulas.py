@@ -127,8 +127,10 @@ def test_no_row_prefers_the_policy_at_the_start(slug):
     for column in ("label", "margin"):
         if layout.pairs is not None:
             getattr(layout.pairs, column).fill_(1 if column == "label" else 0)
+    if layout.groups is not None:
+        layout.groups.reward.fill_(1)
     policy = random_tokens(objective, layout, rng)["policy"]
-    batch = scored(objective, layout, {"policy": policy, "reference": policy})
+    batch = scored(objective, layout, dict.fromkeys(objective.quantities, policy))
     for term in objective(batch).terms:
         assert len(set(term.values.tolist())) == 1
     assert not objective.rewards(batch).any()

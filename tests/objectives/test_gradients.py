@@ -9,7 +9,7 @@ import torch
 from oracle import EXACT, expected
 from samples import YAML, default, floats, layout_of, random_layout, random_tokens, scored, several
 
-from prefopt.objectives.base import Demonstrations, Pairs, Unary, reduce_terms, total_weights
+from prefopt.objectives.base import Demonstrations, Groups, Pairs, Unary, reduce_terms, total_weights
 from prefopt.objectives.reference_free import ORPO, log1mexp
 
 
@@ -64,6 +64,8 @@ def test_first_step_goes_the_right_way(slug):
         views = {"pairs": Pairs(half, half + 1, one, one, 0 * one)}
     elif objective.view == "unary":
         views = {"unary": Unary(edges, edges % 2 == 0, floats([1] * 8), edges[:0])}
+    elif objective.view == "groups":
+        views = {"groups": Groups(edges, edges - edges % 2, (edges % 2 == 0).double(), floats([1] * 8))}
     else:
         views, down = {"demonstrations": Demonstrations(half, one)}, []
     layout = layout_of(lengths, **views)
@@ -114,8 +116,12 @@ def extreme_batch(objective, dtype):
         views = {"pairs": Pairs(chosen, rejected, one * 0.75 if "label" in objective.columns else one, one, 0 * one)}
     elif objective.view == "unary":
         views = {"unary": Unary(edges, edges % 3 == 0, torch.ones(len(edges), dtype=dtype), edges[:1])}
+    elif objective.view == "groups":
+        reward = (edges % 3).to(dtype)
+        views = {"groups": Groups(edges, edges - edges % 8, reward, torch.ones(len(edges), dtype=dtype))}
     else:
         views = {"demonstrations": Demonstrations(edges, torch.ones(len(edges), dtype=dtype))}
+    tokens["previous"] = tokens["reference"]
     return layout_of(lengths, **views), {s: torch.tensor(tokens[s], dtype=dtype) for s in objective.quantities}
 
 

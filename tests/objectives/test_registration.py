@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 from samples import ROOT, YAML, default, settings_of
 
-from prefopt.objectives.base import Objective, holds
+from prefopt.objectives.base import VIEWS, Objective, holds
 
 SOURCES = sorted((ROOT / "prefopt" / "objectives").glob("*.py"))
 RULES = [(slug, rule) for slug in YAML for rule in settings_of(slug)[0].require]
@@ -103,7 +103,7 @@ def test_unknown_setting_is_rejected(slug):
 @pytest.mark.parametrize("slug", YAML)
 def test_declarations_are_known_ones(slug):
     objective = default(slug)
-    assert objective.view in ("pairs", "unary", "demonstrations") and objective.coupling in ("local", "global")
+    assert objective.view in VIEWS and objective.coupling in ("local", "global")
     assert set(objective.columns) <= {"weight", "label", "margin"}
     assert "policy" in objective.quantities and all(set(q) <= {"logp", "token_logp"} for q in objective.quantities.values())
 

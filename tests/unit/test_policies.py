@@ -285,8 +285,8 @@ def step(p, micro):
 def test_trap_10_policy_minus_reference_is_zero_at_the_start_and_the_reference_stays(llama, lora):
     p = policy(llama, lora)
     micro = toy.micro(p, *ROWS)
-    score, how = make_reference(p, "initial")
-    assert how == ("adapter off" if lora else "frozen copy")
+    score = make_reference(p, "initial")
+    assert score.how == ("adapter off" if lora else "frozen copy")
     assert largest(p, score, micro) == 0
     before = score(micro)
     step(p, micro)
@@ -298,9 +298,8 @@ def test_trap_10_policy_minus_reference_is_zero_at_the_start_and_the_reference_s
 def test_trap_14_initial_and_base_differ_for_an_adapter_that_is_not_fresh(llama, adapter):
     p = policy(llama, {**LORA, "adapter": str(adapter)})
     micro = toy.micro(p, *ROWS)
-    base, how_base = make_reference(p, "base")
-    initial, how_initial = make_reference(p, "initial")
-    assert (how_base, how_initial) == ("adapter off", "frozen copy of the initial adapter")
+    base, initial = make_reference(p, "base"), make_reference(p, "initial")
+    assert (base.how, initial.how) == ("adapter off", "frozen copy of the initial adapter")
     assert largest(p, initial, micro) == 0
     assert largest(p, base, micro) > 0.1
     torch.testing.assert_close(base(micro), policy(llama)(micro), atol=1e-5, rtol=0)
@@ -315,7 +314,7 @@ def test_trap_14_the_margin_of_a_pair_at_the_start(llama, adapter):
     p = policy(llama, {**LORA, "adapter": str(adapter)})
     micro = toy.micro(p, ROWS[0])
     with torch.no_grad():
-        ratios = {which: per_edge(p(micro) - make_reference(p, which)[0](micro), micro) for which in ("initial", "base")}
+        ratios = {which: per_edge(p(micro) - make_reference(p, which)(micro), micro) for which in ("initial", "base")}
     assert float(ratios["initial"][0] - ratios["initial"][1]) == 0
     assert abs(float(ratios["base"][0] - ratios["base"][1])) > 0.1
 
@@ -324,7 +323,7 @@ def test_trap_14_the_margin_of_a_pair_at_the_start(llama, adapter):
 def test_trap_14_a_fresh_adapter_changes_nothing(llama):
     p = policy(llama, LORA)
     micro = toy.micro(p, *ROWS)
-    initial, base = make_reference(p, "initial")[0], make_reference(p, "base")[0]
+    initial, base = make_reference(p, "initial"), make_reference(p, "base")
     assert torch.equal(initial(micro), base(micro))
     torch.testing.assert_close(initial(micro), policy(llama)(micro), atol=1e-5, rtol=0)
 
@@ -334,7 +333,7 @@ def test_scoring_the_reference_keeps_mode_gradients_and_randomness(llama, adapte
     p = policy(llama, {**LORA, "adapter": str(adapter)}).train()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    score, _ = make_reference(p, which)
+    score = make_reference(p, which)
     micro = toy.micro(p, *ROWS)
     logp = p(micro)
     score(micro)  # between forward and backward, as in a step
@@ -408,8 +407,8 @@ def test_tabular_starts_at_the_reference_of_its_world():
     table = bandit.reference_table()
     expected = [table[b.parse(c.text)[0]][b.parse(c.text)[1]] for e in bandit_rows() for c in e.completions for b in (bandit,)]
     torch.testing.assert_close(p(micro), torch.tensor(expected), atol=1e-6, rtol=0)
-    score, how = make_reference(p, "initial")
-    assert how == "frozen copy" and largest(p, score, micro) == 0
+    score = make_reference(p, "initial")
+    assert score.how == "frozen copy" and largest(p, score, micro) == 0
     p.logits += torch.arange(6.0)
     assert largest(p, score, micro) > 0.1
 

@@ -1,0 +1,168 @@
+"""Batches of what the policy itself wrote: sample replies to prompts, have them judged, train on them, and so on, round by round."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate.utils import gather_object
+
+from prefopt.config.schema import SamplerConfig, SourceConfig
+from prefopt.data.batch import MicroBatch, Row, derangement, step_rows
+from prefopt.data.dataset import Dataset
+from prefopt.data.records import Completion, Message
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.rewards.true_reward import RewardFunction
+from prefopt.errors import UserError
+from prefopt.tracking.tracker import read_jsonl
+from prefopt.training.engine import Engine
+from prefopt.training.rundir import write_atomic
+from prefopt.training.source import OfflineSource
+
+
+@dataclass
+class Sample:
+    """A reply that the policy wrote in a round, and its reward. `prompt` is the row number of its prompt in the training data."""
+
+    prompt: int
+    ids: list[int]
+    finished: bool
+    text: str
+    reward: float
+    previous: list[float] | None = None  # log-prob of each token under the policy that wrote it, nats
+
+
+class OnlineSource:
+    """A round draws `source.prompts` prompts, samples `source.samples` replies to each, and trains on them for `source.epochs` passes.
+
+    `pairs`, `unary` and `demonstrations` views get the best and the worst reply of each prompt (or all of them, with `data.pairs=all`),
+    the `groups` view all replies with their rewards. Samples follow from the policy and (seed, round), not from the number of
+    processes. A round is written to `rounds/` before its first step, so that a run killed in the middle of it goes on with it.
+    """
+
+    def __init__(self, engine: Engine, prompts: Dataset, reward: RewardFunction, cfg: SourceConfig, sampler: SamplerConfig,
+                 pairs: str, folder: Path, batches: OfflineSource):
+        self.engine, self.prompts, self.reward, self.cfg, self.sampler = engine, prompts, reward, cfg, sampler
+        self.pairs, self.folder, self.batches = pairs, folder / "rounds", batches
+        self.steps_per_round = cfg.epochs * math.ceil(cfg.prompts / batches.batch_size)
+        self.seed, self.round = batches.seed, -1
+        self.metrics: dict[str, float] = {}  # of the round; `samples` counts replies since the start
+
+    def steps(self, epochs: float) -> int:
+        """Optimiser steps in so many passes over the prompts."""
+        return max(1, math.ceil(epochs * len(self.prompts.rows) / self.cfg.prompts)) * self.steps_per_round
+
+    def step(self, number: int) -> list[MicroBatch]:
+        """This rank's micro-batches of optimiser step `number` (from 0). The first step of a round samples it."""
+        wanted, place = divmod(number, self.steps_per_round)
+        if wanted != self.round:
+            samples = self._read(wanted) if place else self._begin(wanted)
+            rows = self._rows(samples, wanted)
+            self.batches = replace(self.batches, rows=rows, seed=f"{self.seed} {wanted}")
+            size = self.cfg.samples
+            rewards = [[s.reward for s in samples[i : i + size]] for i in range(0, len(samples), size)]
+            self.metrics = {
+                "rollout/reward": fmean(s.reward for s in samples), "rollout/length": fmean(len(s.ids) for s in samples),
+                "rollout/finished": fmean(s.finished for s in samples), "rollout/ties": fmean(max(r) == min(r) for r in rewards),
+                "samples": (wanted + 1) * len(samples),
+            }
+            self.round = wanted
+        return self.batches.step(place)
+
+    def _begin(self, number: int) -> list[Sample]:
+        """Samples, judges and writes a round."""
+        engine = self.engine
+        if engine.moving_reference and number > 0:
+            engine.reference.refresh()
+        total, count, size = len(self.prompts.rows), self.cfg.prompts, self.cfg.samples
+        drawn = [step_rows(total, total, i // total, self.seed)[i % total] for i in range(number * count, (number + 1) * count)]
+        asked = [p for p in drawn for _ in range(size)]
+        chunks = range(0, len(asked), self.sampler.batch_size)  # dealt out whole, so that samples do not depend on the number of ranks
+        mine = [(start, self._sample(asked[start : start + self.sampler.batch_size], f"{number} {start}"))
+                for start in chunks[engine.accelerator.process_index :: engine.world]]
+        everyone = sorted(gather_object(mine) if engine.world > 1 else mine, key=lambda chunk: chunk[0])
+        samples = [s for _, chunk in everyone for s in chunk]
+        if engine.accelerator.is_main_process:
+            self.folder.mkdir(exist_ok=True)
+            write_atomic(self._path(number), "".join(json.dumps(asdict(s)) + "\n" for s in samples))
+        return samples
+
+    def _sample(self, asked: list[int], place: str) -> list[Sample]:
+        policy, rows = self.engine.policy, self.prompts.rows
+        seed = random.Random(f"sample {self.seed} {place}").getrandbits(32)
+        ids = [rows[p].tokens.prompt for p in asked]
+        replies = policy.generate(ids, self.sampler, seed)
+        written = [
+            replace(self.prompts.examples[p], completions=[Completion([Message("assistant", [{"type": "text", "text": r.text}])])])
+            for p, r in zip(asked, replies, strict=True)
+        ]
+        rewards = self.reward(written)
+        for example, reward in zip(written, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise UserError(f"the reward of a reply to the prompt of {example.origin} is {reward}; a reward must be a finite number")
+        samples = [Sample(p, r.ids, r.finished, r.text, float(x)) for p, r, x in zip(asked, replies, rewards, strict=True)]
+        if "previous" in self.engine.objective.quantities and self.steps_per_round > 1:
+            for sample, logps in zip(samples, self._token_logps(ids, samples), strict=True):
+                sample.previous = logps
+        return samples
+
+    @torch.no_grad()
+    def _token_logps(self, prompts: list[list[int]], samples: list[Sample]) -> list[list[float]]:
+        """Log-prob of each token of each reply under the policy as it stands, nats."""
+        policy, out = self.engine.policy, [[] for _ in samples]
+        rows = [Row(Tokens(p, [_branch(s)]), "demonstration") for p, s in zip(prompts, samples, strict=True)]
+        was_training = policy.training
+        policy.eval()
+        try:
+            for micro in replace(self.batches, rows=rows, view="demonstrations", rank=0, world=1).everything("demonstrations"):
+                made = policy(micro.to(self.engine.accelerator.device)).tolist()
+                for row, length in zip(micro.rows, micro.layout.lengths.tolist(), strict=True):
+                    out[row], made = made[:length], made[length:]
+        finally:
+            policy.train(was_training)
+        return out
+
+    def _rows(self, samples: list[Sample], number: int) -> list[Row]:
+        """One row per prompt. Where its replies are worth the same there is nothing to prefer, and the row weighs 0."""
+        rng, rows = random.Random(f"labels {self.seed} {number}"), []
+        for i in range(0, len(samples), self.cfg.samples):
+            group = samples[i : i + self.cfg.samples]
+            scores = [s.reward for s in group]
+            if self.cfg.labels == "sampled":  # Gumbel noise: the order is a draw from Plackett-Luce, Bradley-Terry for two
+                scores = [x - math.log(-math.log(1 - rng.random())) for x in scores]
+            if self.batches.view == "groups":
+                order, kind = range(len(group)), "group"
+            else:
+                order, kind = sorted(range(len(group)), key=lambda j: -scores[j]), "ranking_all"
+                if self.pairs == "best_worst" or len(group) == 2:
+                    order, kind = [order[0], order[-1]], "pair"
+            kept = [group[j] for j in order]
+            stored = {} if kept[0].previous is None else {"previous": [s.previous for s in kept]}
+            rows.append(Row(Tokens(self.prompts.rows[kept[0].prompt].tokens.prompt, [_branch(s) for s in kept]), kind,
+                            scores=[scores[j] for j in order], stored=stored))
+            if kind != "group" and (scores[order[0]] == scores[order[-1]] or all(s.ids == kept[0].ids for s in kept)):
+                rows[-1].kind, rows[-1].weight = "pair", 0.0
+        if self.engine.objective.mismatched:
+            other = derangement(len(rows), number)
+            for i, row in enumerate(rows):
+                row.mismatched = rows[other[i]].tokens.branches
+        return rows
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"round-{number:06d}.jsonl"
+
+    def _read(self, number: int) -> list[Sample]:
+        """A round that was begun before the run was stopped."""
+        if not self._path(number).is_file():
+            raise UserError(f"{self._path(number)} is missing, and the run stopped in the middle of that round; put it back, or start "
+                            "anew with resume=never in another folder")
+        return [Sample(**row) for row in read_jsonl(self._path(number))]
+
+
+def _branch(sample: Sample) -> Branch:
+    return Branch(sample.ids, [True] * len(sample.ids), sample.finished)
