@@ -1,7 +1,7 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: quickstart test unit e2e distributed lint docs clean
+.PHONY: quickstart test unit e2e distributed lint docs reading-your-run clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
 	@scripts/setup.sh
@@ -22,6 +22,9 @@ lint:                 ## ruff, with the dev extras
 
 docs:                 ## regenerate docs/algorithms.md from the registry
 	.venv/bin/python scripts/make_docs.py
+
+reading-your-run:     ## make the runs of docs/reading-your-run.md (half an hour), then its figures and the page
+	.venv/bin/python scripts/reading_your_run.py
 
 clean:                ## remove the environment and build products, never runs
 	rm -rf .venv build *.egg-info

@@ -18,6 +18,7 @@ usage: prefopt <command> [overrides]
   train [overrides]        one run, or with -m a sweep       prefopt train algo=simpo model=tiny-lm
   eval run=FOLDER          judge a finished run              prefopt eval run=runs/...
   sample run=FOLDER        let a trained policy answer       prefopt sample run=runs/... prompt="..."
+  label [overrides]        rows relabelled by a reward model prefopt label reward.path=runs/rm data=... output=rows.jsonl
   compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
   list [group]             what there is                     prefopt list algo --view pairs
   show NAME                one algorithm, model or dataset   prefopt show dpo
@@ -30,7 +31,7 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "eval", "sample", "compare", "list", "show", "data", "doctor", "completion")
+COMMANDS = ("train", "eval", "sample", "label", "compare", "list", "show", "data", "doctor", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def dispatch(argv: list[str]) -> Any:
         print(help_text(command))
     elif command == "--version" or (command in COMMANDS and "--version" in rest):
         print(f"prefopt {__version__}")
-    elif command in ("train", "eval", "sample"):
+    elif command in ("train", "eval", "sample", "label"):
         return _hydra(command, rest)
     elif command == "data":
         if rest[:1] != ["check"]:

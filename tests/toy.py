@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from prefopt.config.schema import DataConfig, LoraConfig, ModelConfig, TrustConfig
 from prefopt.data.batch import MicroBatch, Row, build
@@ -52,6 +53,24 @@ TEMPLATES = {
     # R1 distillations: the prompt opens a thought that the full rendering does not have
     "opens_thought": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    # Mistral v0.3: instructions in brackets, a space before each reply, a system message only where a user's turn comes last
+    "mistral": "{{ bos_token }}{% set told = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (told if loop.last else '') + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}",
+    # Gemma 3: as Gemma 2, and a system message opens the first user's turn
+    "gemma3": "{{ bos_token }}{% set told = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in (messages[1:] if told else messages) %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + (told if loop.first else '') }}"
+    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    # Qwen 3 in full: thoughts leave earlier turns, the last reply gets one (if need be an empty one), and a prompt asks for none on demand
+    "qwen3": "{% set asked = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set asked.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' %}"
+    "{% if loop.index0 > asked.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ parts[-1].lstrip('\n') }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
     # A template and a tokenizer which both insist on a BOS
     "two_bos": "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
 }
@@ -63,9 +82,12 @@ MARKS = {
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "thinking": ("<|im_start|>", "<|im_end|>"),
     "opens_thought": ("<|im_start|>", "<|im_end|>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "gemma3": ("<start_of_turn>", "<end_of_turn>"),
+    "qwen3": ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
     "two_bos": (),
 }
-ADDS_BOS = ("llama3", "zephyr", "gemma", "opens_thought")  # those whose tokenizers add a BOS to bare text
+ADDS_BOS = ("llama3", "zephyr", "gemma", "gemma3", "mistral", "opens_thought")  # those whose tokenizers add a BOS to bare text
 
 
 def tokenizer(kind: str = "bytes", template: str | None = None, adds_bos: bool | None = None, **special: Any) -> PreTrainedTokenizerFast:
@@ -124,19 +146,32 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+# The class of each architecture, and what makes it different; windows and caps are small, so that they count on short texts.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "gemma2": ("Gemma2", {"sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0,
+                          "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {"sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 8,
+                          "layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+}
+
+
 def save_model(
     folder: Path, family: str = "llama", template: str | None = "chatml", kind: str = "bytes", seed: int = 0, **config: Any
 ) -> Path:
-    """A random model of `family` llama, qwen2 or gpt2 and its tokenizer, as save_pretrained writes them."""
+    """A random model of `family` (a key of FAMILIES, or gpt2) and its tokenizer, as save_pretrained writes them."""
     words = tokenizer(kind, template, **config.pop("special", {}))
     shape = {"vocab_size": len(words), **{f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}}
     wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 256, "initializer_range": 0.3, **config}
     torch.manual_seed(seed)
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shape, **wide))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape, **wide))
+    if family in FAMILIES:
+        kind, extra = FAMILIES[family]
+        model = getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}TextConfig" if family == "gemma3" else f"{kind}Config")(**shape, **{**wide, **extra, **config}))
     else:
         model = GPT2LMHeadModel(GPT2Config(**shape, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, **config))
     model.save_pretrained(folder)

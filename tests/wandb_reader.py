@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,3 +26,15 @@ def records(path: Path) -> Iterator:
         if kind in (FULL, LAST):
             yield Record.FromString(parts)
             parts = b""
+
+
+def history(path: Path) -> list[dict]:
+    """Rows of metrics as they were logged."""
+    found = (r.history.item for r in records(path) if r.WhichOneof("record_type") == "history")
+    return [{".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items} for items in found]
+
+
+def artifact_files(path: Path) -> dict[str, bytes]:
+    """Files of the last artifact (a table with its images), by name. Until they are uploaded, W&B keeps them in its data folder."""
+    manifest = [r.artifact.manifest for r in records(path) if r.WhichOneof("record_type") == "artifact"][-1]
+    return {entry.path: Path(entry.local_path).read_bytes() for entry in manifest.contents}

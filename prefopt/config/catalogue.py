@@ -22,16 +22,16 @@ __all__ = [
     "key_lines", "list_command", "list_text", "load_yaml", "objective_info", "resolved_keys", "show_text",
 ]  # fmt: skip
 
-GROUPS = ("algo", "model", "data", "hardware", "tracker", "reward", "sampler", "experiment", "sweep", "debug")
+GROUPS = ("algo", "model", "adapter", "data", "source", "hardware", "tracker", "reward", "sampler", "experiment", "sweep", "debug")
 WIDTH = 100
 VIEWS = {
     "pairs": "pairs of a chosen and a rejected reply",
     "unary": "single replies, each labelled good or bad",
     "demonstrations": "replies to imitate",
     "ranking": "several replies per prompt, in order",
-    "group": "several sampled replies per prompt, each with a reward",
+    "groups": "several sampled replies per prompt, each with a reward",
 }
-QUANTITIES = {"logp": "log-prob of each reply", "token_logp": "log-prob of each token"}
+QUANTITIES = {"logp": "log-prob of each reply", "token_logp": "log-prob of each token", "reward": "reward of each reply"}
 NEEDS: dict[str, Callable[[ObjectiveInfo], bool]] = {
     "reference": lambda info: info.needs_reference,
     "tokens": lambda info: info.token_level,
@@ -52,6 +52,12 @@ SYMBOLS = {
     "d": "d: 1 if the reply is desirable",
     "z": "z: KL estimate",
     "t": "t: log-prob of one token",
+    "o": "o: the same under the policy that sampled it",
+    "s": "s: the same under the reference",
+    "R": "R: reward of a reply",
+    "a": "a: reward of the chosen reply",
+    "b": "b: reward of the rejected reply",
+    "G": "G: rewards of all replies to its prompt",
 }
 
 
@@ -90,7 +96,8 @@ def groups() -> dict[str, list[str]]:
 
 
 def _stems(group: str) -> list[str]:
-    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+    """Names to choose from; a file whose name begins with an underscore is only there to be inherited from."""
+    return sorted(file.name.removesuffix(".yaml") for file in (conf_dir() / group).glob("[!_]*.yaml"))
 
 
 def find(name: str) -> list[tuple[str, str]]:
@@ -99,6 +106,9 @@ def find(name: str) -> list[tuple[str, str]]:
     known = [(g, n) for g, names in groups().items() for n in names if group in ("", g)]
     if found := [item for item in known if item[1] in (stem, stem.lower())]:
         return found
+    if (adapter := re.match(r"(.+)-(q?lora)$", stem.lower())) and adapter[1] in groups()["model"]:
+        raise UserError(f"there is no config named {name}; see prefopt show {adapter[1]} and prefopt show {adapter[2]}: "
+                        f"the two go together as model={adapter[1]} adapter={adapter[2]}")
     raise UserError(f"there is no config named {name}{nearest(stem.lower(), [n for _, n in known] or GROUPS)}")
 
 
@@ -290,7 +300,7 @@ def limit_text(pinned: dict[str, Any], then: str) -> str:
 
 def symbols_text(info: ObjectiveInfo) -> str:
     """What the letters in its formula stand for."""
-    used = {word for text in info.formula.values() for word in re.findall(r"[a-z]+", text)} - set(info.fields)
+    used = {word for text in info.formula.values() for word in re.findall(r"[A-Za-z]+", text)} - set(info.fields)
     used |= {"w", "l", "rw"} & ({"w", "l", "rw"} if "h" in used else set())
     return "; ".join(text for symbol, text in SYMBOLS.items() if symbol in used)
 
@@ -328,7 +338,7 @@ def _show_config(group: str, name: str) -> list[str]:
         picks = [f"{key.removeprefix('override ').lstrip('/')}={value}" for key, value in pairs]
         lines += ["", "Chooses", *_wrap("  ".join(picks), "  ")]
     keys = resolved_keys(group, name)
-    is_global = group in ("experiment", "sweep", "debug")
+    is_global = group in ("adapter", "experiment", "sweep", "debug")
     lines += ["", "Keys", *keys_text(keys, "  " if is_global else f"  {group}.")]
     other = {"model": "data", "data": "model"}.get(group)
     extra = f" {other}={name}" if other and name in groups()[other] else ""

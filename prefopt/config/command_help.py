@@ -23,6 +23,7 @@ EXAMPLES = {
   prefopt train hydra.run.dir=runs/mine                       the run's folder; the same command continues a killed run""",
     "eval": "example\n  prefopt eval run=runs/mine prompts=128 sampler=greedy",
     "sample": "example\n  prefopt sample run=runs/mine prompt=\"Tell me about the fox at the harbour.\" count=2",
+    "label": "example\n  prefopt label reward.path=runs/rm data=jsonl data.path=pairs.jsonl output=labelled.jsonl labels=soft",
     "data_check": "example\n  prefopt data check data=jsonl data.path=pairs.jsonl model=smollm2-135m",
 }
 

@@ -13,12 +13,12 @@ from prefopt.config import catalogue
 from prefopt.config.schema import CHOICES, COMMANDS, all_keys, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "eval", "sample", "compare", "list", "show", "data", "doctor", "completion", "--help", "--version")
+TOP = ("train", "eval", "sample", "label", "compare", "list", "show", "data", "doctor", "completion", "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
 HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath")
-RUN_KEYS = ("run", "hydra.run.dir", "hydra.sweep.dir")
+RUN_KEYS = ("run", "against", "reward.path", "hydra.run.dir", "hydra.sweep.dir")
 PATH_KEYS = ("data.path", "model.path", "model.lora.adapter", "output")
 
 SCRIPTS = {

@@ -14,8 +14,9 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, MissingMandatoryValue, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefopt.config.catalogue import groups
+from prefopt.config.catalogue import VIEWS, groups
 from prefopt.config.completion import primary_groups
+from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys, nested
 from prefopt.errors import UserError, nearest
@@ -38,6 +39,8 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     except OmegaConfBaseException as error:
         raise UserError(_wrong_value(error, given, OmegaConf.create(given))) from error
     _ranges(out)
+    if hasattr(out, "reward") and out.reward.path and out.reward.kind != "model":
+        raise UserError(f"reward.path={out.reward.path} is read with reward=model only; add reward=model, or leave it out")
     if hasattr(out, "algo"):
         info = check_algo(out.algo, out.trust.packages, algo_name)
         out.algo = {"name": algo_name or info.name, **out.algo}
@@ -92,8 +95,10 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
         raise UserError(f"data.length_bias={data.length_bias} works on data=tiny-feedback only; remove it for data={data.name}")
     if model.lora.adapter and not model.lora.enabled:
         raise UserError("model.lora.adapter is set but model.lora.enabled is false; set model.lora.enabled=true")
+    check_quantize(model)
     if model.kind == "tabular" and model.lora.enabled:
         raise UserError("model=bandit is a table and takes no LoRA adapter; set model.lora.enabled=false")
+    _check_source(cfg, info)
     if not hasattr(cfg, "hardware"):
         return
     if cfg.reference.policy == "base" and not model.lora.enabled:
@@ -101,8 +106,54 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
                         "or a LoRA model")
     if cfg.train.batch_size < info.min_batch:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: {info.name} needs at least {info.min_batch} rows per step")
+    if model.quantize:
+        require_bitsandbytes()
     if model.attention == "flash_attention_2" and (cfg.hardware.device == "cpu" or cfg.hardware.precision == "fp32"):
         raise UserError("model.attention=flash_attention_2 needs a GPU and hardware.precision=bf16; use model.attention=sdpa")
+
+
+def check_quantize(model: Any) -> None:
+    """Refuses a quantised model that could not be trained."""
+    if not model.quantize:
+        return
+    if model.kind == "tabular":
+        raise UserError(f"model={model.name} is a table and has no weights to quantise; set model.quantize=null")
+    if not model.lora.enabled:
+        raise UserError("model.quantize=4bit freezes the weights, so there is nothing left to train; add adapter=qlora, "
+                        "or set model.lora.enabled=true")
+    if model.gguf_file:
+        raise UserError("model.quantize=4bit is for safetensors; a GGUF file has a quantisation of its own. Set model.quantize=null")
+
+
+def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
+    """Whether rows are given or sampled, and whether what is sampled can be judged and used."""
+    source = cfg.source
+    if (source.kind == "rollout") != (info.view == "groups"):
+        wants = "rollout" if info.view == "groups" else "offline or source=rounds"
+        raise UserError(f"source={source.kind} does not fit: {info.name} reads {VIEWS[info.view]}; use source={wants}")
+    if not hasattr(cfg, "reward"):
+        return
+    if info.scores_rewards:
+        if source.kind != "offline":
+            raise UserError(f"source={source.kind} lets the model write replies, and a reward model writes none; use source=offline")
+        if cfg.reward.kind == "model":
+            raise UserError(f"{info.name} trains a reward model, and reward=model is for judging a policy's replies; use reward=auto")
+    if source.kind == "offline":
+        if cfg.reference.refresh != "never":
+            raise UserError("reference.refresh=round needs rounds, and source=offline has none; use source=rounds, or "
+                            "reference.refresh=never")
+        return
+    if cfg.reward.kind == "none" or (cfg.reward.kind == "auto" and cfg.data.source not in ("tiny_feedback", "bandit")):
+        raise UserError(f"source={source.kind} needs a reward for what the policy writes: reward={cfg.reward.kind} gives none for "
+                        f"data={cfg.data.name}. Train one with algo=reward_bt and set reward=model reward.path=RUN.")
+    if source.kind == "rollout" and source.labels != "best":
+        raise UserError("source.labels=sampled is for pairs made of rounds; a rollout's rewards are used as they are")
+    if source.kind == "rollout" and (cfg.sampler.temperature, cfg.sampler.top_p) != (1, 1):
+        raise UserError("source=rollout scores replies under the distribution they come from; set sampler.temperature=1 sampler.top_p=1")
+    if info.mismatched and source.prompts < 2:
+        raise UserError(f"source.prompts={source.prompts}: {info.name} needs at least two prompts per round, for mismatched replies")
+    if cfg.reference.refresh == "round" and cfg.reference.policy == "base":
+        raise UserError("reference.refresh=round moves the reference to the policy; set reference.policy=initial")
 
 
 def rephrase(error: Exception, words: Sequence[str], command: str) -> str:
@@ -110,8 +161,10 @@ def rephrase(error: Exception, words: Sequence[str], command: str) -> str:
     text, cause = str(error), error.__cause__
     if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([\w.-]+)'", text):
         group, name = match.groups()
+        if group == "model" and (adapter := re.match(r"(.+)-(q?lora)$", name)) and adapter[1] in groups()["model"]:
+            return f"there is no model={name}; write model={adapter[1]} adapter={adapter[2]}"
         options = [line.strip() for line in text.partition("Available options in")[2].partition("Config search path")[0].splitlines()[1:]]
-        return f"there is no {group}={name}{nearest(name, filter(None, options), f'{group}=')}"
+        return f"there is no {group}={name}{nearest(name, [o for o in options if o and o[0] != '_'], f'{group}=')}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _not_in_config(match[1], getattr(cause, "parent_node", None), command)
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
@@ -235,7 +288,7 @@ def _shown(value: Any) -> str:
 
 def _ranges(cfg: Any) -> None:
     for key, allowed in CHOICES.items():
-        if (value := _dig(cfg, key)) is not _ABSENT and value not in allowed:
+        if (value := _dig(cfg, key)) not in (_ABSENT, None, *allowed):
             close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
             hint = f"; did you mean '{key}={close[0]}'?" if close else ""
             raise UserError(f"{key}={_shown(value)} is none of {', '.join(allowed)}{hint}")

@@ -15,17 +15,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
+from prefopt.errors import UserError
 from prefopt.paths import cache_dir
 
 OPTIONAL = {
     "deepspeed": "",
-    "bitsandbytes": "",
+    "bitsandbytes": ", for adapter=qlora",
     "flash-attn": ", for model.attention=flash_attention_2",
     "vllm": "",
+    "tensorboard": ", for tracker=tensorboard",
     "trl": ", for tests that compare with it",
 }
 GIB = 1 << 30
 Line = tuple[str, str, str]  # ok, note or problem; what it is about; what was found
+
+
+def require_bitsandbytes() -> None:
+    """Raises `UserError` if the package of `model.quantize=4bit` is not there. Does not import it."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('model.quantize=4bit needs the package bitsandbytes; pip install "prefopt[qlora]", or use adapter=lora')
 
 
 def doctor_text() -> tuple[str, bool]:

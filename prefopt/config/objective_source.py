@@ -54,6 +54,11 @@ class ObjectiveInfo:
         return "reference" in self.quantities
 
     @property
+    def scores_rewards(self) -> bool:
+        """Whether it trains a reward model, which has no log-probs and writes nothing."""
+        return "reward" in self.quantities.get("policy", ())
+
+    @property
     def token_level(self) -> bool:
         return any("token_logp" in quantities for quantities in self.quantities.values())
 

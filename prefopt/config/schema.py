@@ -14,6 +14,7 @@ REQUIRED = "???"
 @dataclass
 class LoraConfig:
     enabled: bool = False
+    learning_rate: float = 5e-6
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
@@ -30,11 +31,13 @@ class ModelConfig:
     gguf_file: Optional[str] = None
     wheel: Optional[str] = None
     chat_template: Optional[str] = None
+    thinking: bool = False
     learning_rate: float = 5e-7
     micro_batch_tokens: int = 4096
     attention: str = "sdpa"
     dropout: float = 0.0
     gradient_checkpointing: bool = False
+    quantize: Optional[str] = None  # 4bit
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -62,6 +65,7 @@ class DataConfig:
     revision: Optional[str] = None
     train: Optional[str] = None
     eval: Optional[str] = None
+    rows: Optional[str] = None  # a key of prefopt.data.known.ROWS
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     limit: Optional[int] = None
     eval_limit: Optional[int] = 256
@@ -88,6 +92,7 @@ class HardwareConfig:
 @dataclass
 class TrackerConfig:
     mode: str = "off"  # online | offline | off
+    tensorboard: bool = False
     project: str = "prefopt"
     entity: Optional[str] = None
     group: Optional[str] = None
@@ -96,7 +101,8 @@ class TrackerConfig:
 
 @dataclass
 class RewardConfig:
-    kind: str = "auto"  # auto | none
+    kind: str = "auto"  # auto | none | model
+    path: Optional[str] = None
 
 
 @dataclass
@@ -108,8 +114,18 @@ class SamplerConfig:
 
 
 @dataclass
+class SourceConfig:
+    kind: str = "offline"  # offline | rounds | rollout
+    prompts: int = 32
+    samples: int = 2
+    epochs: int = 1
+    labels: str = "best"  # best | sampled
+
+
+@dataclass
 class ReferenceConfig:
     policy: str = "initial"  # initial | base
+    refresh: str = "never"  # never | round
 
 
 @dataclass
@@ -154,6 +170,7 @@ class TrainConfig:
     algo: dict[str, Any] = REQUIRED  # type: ignore[assignment]
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -171,8 +188,10 @@ class TrainConfig:
 # Values a text key may take; anything else is refused at composition.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.kind": ("causal_lm", "tabular"),
+    "model.quantize": ("4bit",),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
     "data.source": ("tiny_feedback", "bandit", "hub", "files"),
+    "data.rows": ("helpsteer2", "nectar", "pku-better", "pku-safer", "shp", "ultrafeedback"),
     "data.on_bad_row": ("stop", "skip"),
     "data.render": ("auto", "chat", "text"),
     "data.on_long_prompt": ("stop", "keep_end"),
@@ -180,14 +199,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("fp32", "bf16"),
     "tracker.mode": ("online", "offline", "off"),
-    "reward.kind": ("auto", "none"),
+    "reward.kind": ("auto", "none", "model"),
+    "source.kind": ("offline", "rounds", "rollout"),
+    "source.labels": ("best", "sampled"),
     "reference.policy": ("initial", "base"),
+    "reference.refresh": ("never", "round"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "resume": ("auto", "never"),
+    "split": ("train", "eval"),
+    "labels": ("hard", "soft"),
 }
 
 # (key, test, what it must be): bounds that the types cannot say.
 BOUNDS: tuple[tuple[str, str, str], ...] = (
+    ("model.lora.learning_rate", "x > 0", "above 0"),
     ("model.lora.r", "x >= 1", "at least 1"),
     ("model.lora.dropout", "0 <= x < 1", "in [0, 1)"),
     ("model.dropout", "0 <= x < 1", "in [0, 1)"),
@@ -199,6 +224,9 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("data.max_prompt_tokens", "x is None or x >= 1", "at least 1, or null"),
     ("data.max_completion_tokens", "x is None or x >= 1", "at least 1, or null"),
     ("data.label_noise", "0 <= x <= 0.5", "in [0, 0.5]"),
+    ("source.prompts", "x >= 1", "at least 1"),
+    ("source.samples", "x >= 2", "at least 2: one reply alone is neither better nor worse than anything"),
+    ("source.epochs", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.threads", "x is None or x >= 1", "at least 1, or null"),
     ("tracker.init_timeout", "x > 0", "above 0"),
@@ -228,6 +256,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
 @dataclass
 class EvalConfig:
     run: str = REQUIRED
+    against: Optional[str] = None
     prompts: int = 256
     seed: int = 0
     output: Optional[str] = None
@@ -248,11 +277,23 @@ class DataCheckConfig:
     algo: dict[str, Any] = REQUIRED  # type: ignore[assignment]
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)
     example: int = 0
 
 
-COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig}
+@dataclass
+class LabelConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    trust: TrustConfig = field(default_factory=TrustConfig)
+    split: str = "train"  # train | eval
+    labels: str = "hard"  # hard | soft
+    output: str = REQUIRED
+
+
+COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig, "label": LabelConfig}
 
 
 def nested(f: Field) -> type | None:

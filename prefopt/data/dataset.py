@@ -66,7 +66,7 @@ def make_dataset(
         _add_mismatched(out, split, cfg, tokenise, seed)
     replies = sum(len(r.tokens.branches) for r in out.rows)
     out.stats = {
-        "rows": len(out.rows), "rejected": len(split.rejected), "completions": replies,
+        "rows": len(out.rows), "rejected": len(split.rejected), "no_preference": split.no_preference.total(), "completions": replies,
         "truncated_prompts": truncated_prompts, "truncated_completions": truncated_completions, "cut_tokens": cut_tokens,
         "undesirable_left_out": undesirable,
         "longest": max((r.tokens.longest for r in out.rows), default=0),

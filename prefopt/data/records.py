@@ -24,6 +24,10 @@ class BadRow(ValueError):
     """Why a row cannot be used; the reader adds file and row number."""
 
 
+class NoPreference(BadRow):
+    """Why a row that is as its dataset means it has nothing to train on, such as a tie. It never stops a run."""
+
+
 @dataclass
 class Message:
     role: str

@@ -6,14 +6,17 @@ import glob
 import gzip
 import hashlib
 import json
+import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefopt.config.schema import DataConfig
-from prefopt.data import bandit, tiny_feedback
-from prefopt.data.records import BadRow, Example, parse_row
+from prefopt.data import bandit, known, tiny_feedback
+from prefopt.data.records import BadRow, Example, NoPreference, parse_row
 from prefopt.errors import UserError
 
 RawRow = tuple[str, "dict | BadRow"]
@@ -33,6 +36,7 @@ class Split:
     examples: list[Example]
     rejected: list[Rejected] = field(default_factory=list)
     revision: str | None = None  # the hub commit that was read
+    no_preference: Counter[str] = field(default_factory=Counter)  # reason -> rows without one, such as ties: expected, counted, not broken
 
     def digest(self) -> str:
         """sha256 over prompts, completions and labels, in order."""
@@ -53,21 +57,27 @@ def load_data(cfg: DataConfig) -> tuple[Split, Split]:
         train, held_out = _hold_out(train, cfg)
     if not train.examples:
         which = f".path={cfg.path}" if cfg.path else f"={cfg.name}"
-        raise UserError(f"data{which}: no usable row among {len(train.rejected)} (first reason: {_first(train)})")
+        count = len(train.rejected) + train.no_preference.total()
+        raise UserError(f"data{which}: no usable row among {count} (first reason: {_first(train)})")
     return train, held_out
 
 
 def _first(split: Split) -> str:
+    if not split.rejected and split.no_preference:
+        return next(iter(split.no_preference))
     return f"{split.rejected[0].origin}: {split.rejected[0].reason}" if split.rejected else "the data is empty"
 
 
 def _collect(name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | None, revision: str | None) -> Split:
     split, columns = Split(name, [], revision=revision), asdict(cfg.columns)
+    as_canonical = known.ROWS[cfg.rows] if cfg.rows else None
     for origin, row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
-            split.examples.append(parse_row(row, columns, origin))
+            split.examples += [parse_row(r, columns, origin) for r in (as_canonical(row) if as_canonical else [row])]
+        except NoPreference as reason:
+            split.no_preference[str(reason)] += 1
         except BadRow as reason:
             reject(split, origin, str(reason), cfg)
         if limit is not None and len(split.examples) >= limit:
@@ -98,7 +108,7 @@ def _hold_out(train: Split, cfg: DataConfig) -> tuple[Split, Split]:
         cut += 1
     held = set(ranked[:cut]) if cut <= total // 2 else set()  # few prompts with many rows: better no held-out rows than no training rows
     held_out = Split("eval", [train.examples[i] for i in sorted(held)], revision=train.revision)
-    kept = Split("train", [e for i, e in enumerate(train.examples) if i not in held], train.rejected, train.revision)
+    kept = Split("train", [e for i, e in enumerate(train.examples) if i not in held], train.rejected, train.revision, train.no_preference)
     return kept, held_out
 
 
@@ -127,7 +137,8 @@ def _hub(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, st
     if not (cfg.path and cfg.train):
         raise UserError(f"data={cfg.name}: data.path (a hub id or folder) and data.train (a split) must be set for data.source=hub")
     datasets.disable_progress_bars()
-    where = {"data_dir": cfg.subset} if cfg.subset and cfg.path == "Anthropic/hh-rlhf" else {"name": cfg.subset}
+    is_folder = cfg.subset and (cfg.path in known.FOLDERS or (Path(cfg.path).expanduser() / cfg.subset).is_dir())
+    where = {"data_dir": cfg.subset} if is_folder else {"name": cfg.subset}
     try:
         loaded = datasets.load_dataset(cfg.path, revision=cfg.revision, **where)
     except Exception as error:  # the library raises a dozen unrelated types for "not there" and "not reachable"
@@ -135,16 +146,30 @@ def _hub(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, st
             f"data.path={cfg.path} could not be loaded ({type(error).__name__}: {_line(error)}). "
             "Check the name and the network, or download it and use data=jsonl data.path=FILE with the same columns."
         ) from error
+    tables = {split: (table, range(len(table))) for split, table in loaded.items()}
+    column = known.SPLIT_COLUMN.get(cfg.rows)
+    if len(loaded) == 1 and column in (table := next(iter(loaded.values()))).column_names:
+        values = table[column][:]
+        tables = {split: (table, [i for i, v in enumerate(values) if v == split]) for split in dict.fromkeys(values)}
     for split in filter(None, (cfg.train, cfg.eval)):
-        if split not in loaded:
-            raise UserError(f"data.path={cfg.path} has no split '{split}'; it has {', '.join(loaded)}. Set data.train or data.eval.")
+        if split not in tables:
+            raise UserError(f"data.path={cfg.path} has no split '{split}'; it has {', '.join(map(str, tables))}. "
+                            "Set data.train or data.eval.")
 
     def rows(split: str) -> Iterator[RawRow]:
-        return ((f"{cfg.path} {split} row {i + 1}", row) for i, row in enumerate(loaded[split]))
+        table, numbers = tables[split]
+        return ((f"{cfg.path} {split} row {i + 1}", table[i]) for i in numbers)
 
-    checksums = loaded[cfg.train].info.download_checksums or {}
-    commit = next((url.split("@")[1].split("/")[0] for url in checksums if url.startswith("hf://") and "@" in url), cfg.revision)
-    return rows(cfg.train), rows(cfg.eval) if cfg.eval else None, commit
+    return rows(cfg.train), rows(cfg.eval) if cfg.eval else None, _commit(tables[cfg.train][0]) or cfg.revision
+
+
+def _commit(table: Any) -> str | None:
+    """The hub commit of a loaded split: from the addresses it was fetched from, or from the folder where `datasets` keeps it."""
+    urls = table.info.download_checksums or {}
+    if found := next((url.split("@")[1].split("/")[0] for url in urls if url.startswith("hf://") and "@" in url), None):
+        return found
+    folders = (Path(file["filename"]).parent.name for file in table.cache_files)
+    return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
 def _files(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:

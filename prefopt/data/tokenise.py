@@ -56,11 +56,12 @@ class Tokens:
 class Tokeniser:
     """A fast tokenizer with a chat template and the length limits of a data config.
 
-    `context` is the model's longest sequence. Raises `UserError` at construction if the tokenizer cannot serve.
+    `context` is the model's longest sequence; `thinking` leaves a reply's thought open, in templates that know one.
+    Raises `UserError` at construction if the tokenizer cannot serve.
     """
 
-    def __init__(self, tokenizer: Any, cfg: DataConfig, context: int, chat_template: str | None = None):
-        self.tokenizer, self.cfg, self.context = tokenizer, cfg, context
+    def __init__(self, tokenizer: Any, cfg: DataConfig, context: int, chat_template: str | None = None, thinking: bool = False):
+        self.tokenizer, self.cfg, self.context, self.thinking = tokenizer, cfg, context, thinking
         if not tokenizer.is_fast:
             raise UserError("the tokenizer is a slow one without character offsets; use a model with a fast tokenizer (tokenizer.json)")
         if tokenizer.eos_token_id is None:
@@ -91,8 +92,8 @@ class Tokeniser:
     def digest(self) -> str:
         """sha256 of everything that decides which ids a text gets: vocabulary, template, limits."""
         h = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
-        h.update(repr((self.template, self.adds_bos, sorted(self.ends), self.context, self.cfg.render, self.cfg.max_prompt_tokens,
-                       self.cfg.max_completion_tokens, self.cfg.on_long_prompt)).encode())
+        h.update(repr((self.template, self.thinking, self.adds_bos, sorted(self.ends), self.context, self.cfg.render,
+                       self.cfg.max_prompt_tokens, self.cfg.max_completion_tokens, self.cfg.on_long_prompt)).encode())
         return h.hexdigest()
 
     def templated(self, chat: bool) -> bool:
@@ -143,14 +144,14 @@ class Tokeniser:
                 if message.role == "assistant":
                     previous = self._apply(before, True) if full else head
                     if not previous.startswith(full):
-                        raise BadRow(_no_prefix(full, previous))
+                        raise BadRow(_no_prefix(full, previous) + _advice(before))
                 else:
                     previous = full
                 before.append(message)
                 full = self._apply(before, False)
                 # Templates may rewrite earlier turns (dropping old reasoning); then the spans found so far would be wrong.
                 if not full.startswith(previous):
-                    raise BadRow(_no_prefix(previous, full))
+                    raise BadRow(_no_prefix(previous, full) + _advice(before))
                 if message.train:
                     spans.append((len(previous), len(full)))
         ids, offsets = self._encode(full)
@@ -230,10 +231,18 @@ class Tokeniser:
     def _apply(self, messages: list[Message], generate: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                [m.plain() for m in messages], chat_template=self.template, tokenize=False, add_generation_prompt=generate
+                [m.plain() for m in messages], chat_template=self.template, tokenize=False, add_generation_prompt=generate,
+                enable_thinking=self.thinking,  # Qwen3 and SmolLM3 read it, other templates do not
             )
         except Exception as error:  # templates raise their own errors on roles or orders they do not know
-            raise BadRow(f"the chat template refuses this conversation ({error})") from error
+            raise BadRow(f"the chat template refuses this conversation ({error}){_advice(messages)}") from error
+
+
+def _advice(messages: list[Message]) -> str:
+    """What to do about a system message where a template (Gemma's, Mistral's) has no place for one."""
+    if not any(m.role == "system" for m in messages):
+        return ""
+    return "; it has a system message: put that text into the first user's message, or set model.chat_template to one that takes it"
 
 
 def _text(text: str) -> list[dict[str, str]]:

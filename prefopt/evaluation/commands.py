@@ -3,40 +3,120 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefopt.config.schema import EvalConfig, SampleConfig, TrainConfig
+from prefopt.data.dataset import make_dataset
 from prefopt.data.records import Example, parse_row
+from prefopt.data.sources import load_data
 from prefopt.errors import UserError
+from prefopt.evaluation import judging
+from prefopt.evaluation.reward_calibration import judge_rewards
 from prefopt.training import checkpoint
+from prefopt.training.judge import Judge, Judgement
 from prefopt.training.rundir import load_run_config, write_atomic
 from prefopt.training.setup import Run, make_accelerator, set_up
 
 
 def evaluate(cfg: EvalConfig) -> dict[str, Any]:
-    """Judges a run before and after training on the same prompts and seed; prints a table and writes it as JSON."""
-    run = _open(cfg.run, lambda c: replace(c, sampler=cfg.sampler, evaluation=replace(c.evaluation, prompts=cfg.prompts)))
-    run.judge.seed = cfg.seed
-    before, _ = run.judge(0)
+    """Judges a run before and after training on the same prompts and seed, or two runs beside each other. Prints a table, writes JSON."""
+    run = _open_to_judge(cfg.run, cfg)
+    before, rankings = run.judge.measure(0), _whole_rankings(run)
+    if rankings:
+        before.pairs |= _taus(rankings)
     state = _load(run)
-    after, samples = run.judge(state["step"])
-    figures = {"run": cfg.run, "step": state["step"], "prompts": len(samples), "before": before, "after": after}
-    output = Path(cfg.output) if cfg.output else run.folder / "eval.json"
-    if run.main:
+    after = run.judge.measure(state["step"])
+    if rankings:
+        after.pairs |= _taus(rankings)
+    rows = len(run.judge.held_out.rows) if run.judge.held_out else 0
+    figures: dict[str, Any] = {
+        "run": cfg.run, "step": state["step"], "prompts": len(after.samples), "rows": rows, "before": before.row(), "after": after.row(),
+        "difference": judging.differences(after.measures, before.measures),
+        "not_measured": judging.not_measured(run.judge, run.cfg, after),
+    }  # fmt: skip
+    output, main = Path(cfg.output) if cfg.output else run.folder / "eval.json", run.main
+    lines = [judging.table(before, after, figures["difference"])]
+    lines += ["", "[95 % interval over prompts]   * the difference, paired by prompt, excludes 0 (not corrected for the number of lines)"]
+    lines += [f"not measured: {what}: {why}" for what, why in figures["not_measured"].items()]
+    if run.engine.policy.quantity == "reward" and rows:
+        text, figures["calibration"] = judge_rewards(run)
+        lines += ["", *text]
+    if cfg.against is not None:
+        text, figures["against"] = _against(cfg, run, after)
+        lines += ["", text]
+    if main:
         write_atomic(output, json.dumps(figures, indent=2))
-        print(_table(before, after))
-        rows = len(run.judge.held_out.rows) if run.judge.held_out else 0
-        print(f"{len(samples)} held-out prompts, {rows} held-out rows; written to {output}")
+        print("\n".join(lines))
+        print(f"{len(after.samples)} held-out prompts sampled, {rows} held-out rows; written to {output}")
     return figures
+
+
+def _open_to_judge(folder: str, cfg: EvalConfig) -> Run:
+    run = _open(folder, lambda c: replace(c, sampler=cfg.sampler, evaluation=replace(c.evaluation, prompts=cfg.prompts)))
+    run.judge.seed = cfg.seed
+    return run
+
+
+def _whole_rankings(run: Run) -> Judge | None:
+    """A judge of the held-out rankings as they are, where the run itself was trained on the best and worst of each."""
+    if run.cfg.data.pairs == "all" or not run.judge.held_out or not any(e.kind == "ranking" for e in run.held_out.examples):
+        return None
+    policy, data = run.engine.policy, replace(run.cfg.data, pairs="all", on_bad_row="skip")
+    split = load_data(data)[1]
+    made = make_dataset(split, data, policy.tokenise, "pairs", run.engine.objective.columns, False, run.cfg.seed)
+    rows = [row for row in made.rows if row.kind == "ranking_all"]
+    if not rows:
+        return None
+    source = replace(run.judge.held_out, rows=rows, view="pairs", batch_size=len(rows))
+    return replace(run.judge, held_out=source, prompts=[], reference_judged=True)
+
+
+def _taus(rankings: Judge) -> dict[str, Any]:
+    return {name: values for name, values in rankings.measure(0).pairs.items() if name.endswith("kendall_tau")}
+
+
+def _against(cfg: EvalConfig, run: Run, ours: Judgement) -> tuple[str, dict[str, Any]]:
+    """(table, figures) of the run beside another one, on the same prompts and by the first one's rewards."""
+    other = _open_to_judge(cfg.against, cfg)
+    if [e.prompt_text for e in other.judge.prompts] != [e.prompt_text for e in run.judge.prompts]:
+        raise UserError(
+            f"{cfg.run} and {cfg.against} have different held-out prompts, so their replies cannot be paired; give runs over the same data "
+            "(data.path, data.eval, data.eval_limit, data.eval_fraction and, where rows are held out by chance, seed)"
+        )
+    other.judge.rewards = run.judge.rewards
+    other.judge.baseline = {}  # no win rates of its own: only the two runs are compared
+    state = _load(other)
+    theirs = other.judge.measure(state["step"])
+    same_rows = _texts(run) == _texts(other)
+    measures = {k: v for k, v in ours.measures.items() if k in judging.COMMON and (same_rows or k in ours.replies)}
+    changes = judging.differences(measures, theirs.measures)
+    direct = judging.head_to_head(ours.samples, theirs.samples)
+    shown = [Judgement(replies={k: v for k, v in m.items() if k in changes}) for m in (theirs.measures, ours.measures)]
+    lines = [judging.table(*shown, changes, (cfg.against, cfg.run, "second - first"))]
+    for key, name in (("win_rate", "win rate"), ("lc_win_rate", "length-controlled win rate")):
+        if key in direct:
+            text = judging.span(direct[key], direct.get(f"{key}_low", math.nan), direct.get(f"{key}_high", math.nan), 100, 1)
+            lines.append(f"{name} of {cfg.run} against {cfg.against}: {text} %")
+    if not same_rows:
+        lines.append("not compared: everything on held-out rows: the two runs hold out different rows")
+    figures = {"run": cfg.against, "step": state["step"], "theirs": theirs.row(), "difference": changes, **direct}
+    return "\n".join(lines), figures
+
+
+def _texts(run: Run) -> list[tuple[str, ...]]:
+    return [(e.prompt_text, *(c.text for c in e.completions)) for e in run.held_out.examples]
 
 
 def sample(cfg: SampleConfig) -> list[str]:
     """Prints replies of the trained policy: several to one prompt, or one each to held-out prompts."""
     run = _open(cfg.run, lambda c: replace(c, evaluation=replace(c.evaluation, prompts=0, kl=False)))
-    _load(run)
     policy = run.engine.policy
+    if policy.quantity == "reward":
+        raise UserError(f"{cfg.run} holds a reward model, which writes no replies; let it judge texts: prefopt label reward.path={cfg.run}")
+    _load(run)
     if cfg.prompt is not None:
         examples: list[Example] = [parse_row({"prompt": cfg.prompt}, {"prompt": "prompt"})] * cfg.count
     else:
@@ -59,14 +139,3 @@ def _open(folder: str, change: Any) -> Run:
 
 def _load(run: Run) -> dict[str, Any]:
     return checkpoint.load(run.folder / "checkpoints", run.engine)
-
-
-def _table(before: dict[str, float], after: dict[str, float]) -> str:
-    lines = [f"{'':<18} {'before':>12} {'after':>12}   95 % interval"]
-    for key in after:
-        if key.endswith(("_low", "_high")):
-            continue
-        low, high = after.get(f"{key}_low"), after.get(f"{key}_high")
-        span = f"   [{low:.4g}, {high:.4g}]" if low is not None else ""
-        lines.append(f"{key:<18} {before[key]:>12.4g} {after[key]:>12.4g}{span}")
-    return "\n".join(lines)

@@ -56,6 +56,8 @@ class Measured:
 def check_text(cfg: DataCheckConfig) -> str:
     """The report. Broken rows are listed even where a run would stop at the first. Raises `UserError` where no run could start."""
     info = objective_info(cfg.algo["_target_"], cfg.trust.packages)
+    if cfg.source.kind != "offline":  # replies will be sampled: the rows only have to have prompts
+        info = replace(info, view="groups", columns=("weight", "label", "margin"))
     data = replace(cfg.data, on_bad_row="skip")
     tokeniser, show = _tokeniser(cfg, data)
     parts: list[tuple[Split, Dataset, Measured]] = []
@@ -101,6 +103,8 @@ def names(example: Example) -> list[str]:
 def _split_lines(split: Split, made: Dataset, measured: Measured, view: str, tokeniser: Any) -> list[str]:
     left_out = made.stats["undesirable_left_out"]
     usable = f"{len(made.rows)} usable rows, {len(split.rejected)} broken"
+    if split.no_preference:
+        usable += f", {split.no_preference.total()} without a preference"
     rows = [(f"{split.name}: {usable}" + (f", {left_out} thumbs-down rows left out" if left_out else ""))]
     if not split.examples:
         return rows
@@ -108,6 +112,7 @@ def _split_lines(split: Split, made: Dataset, measured: Measured, view: str, tok
     about = [("kinds", ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))]
     if unused := sorted({key for e in split.examples for key in e.meta}):
         about.append(("columns not used", ", ".join(unused)))
+    about += [("no preference", f"{count}: {reason}") for reason, count in split.no_preference.most_common()]
     about += [
         ("truncated", f"{made.stats['truncated_prompts']} prompts, {made.stats['truncated_completions']} completions, "
                       f"{made.stats['cut_tokens']} tokens lost"),

@@ -30,14 +30,16 @@ from prefopt.data.sources import check_files
 from prefopt.errors import UserError, nearest
 from prefopt.launch import multirun
 from prefopt.launch.local import run_here
+from prefopt.tracking.redact import redact
+from prefopt.tracking.trackers import check_trackers
 from prefopt.training.rundir import claim, release
 
 
 def run(command: str, words: list[str]) -> Any:
-    """Runs `train`, `eval`, `sample` or `data_check` with the command line `words`; returns what the command returned."""
+    """Runs `train`, `eval`, `sample`, `label` or `data_check` with the command line `words`; returns what the command returned."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and the sentence is ours
     version.setbase("1.3")
-    OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", str(text)), replace=True)
+    OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", redact(str(text))), replace=True)
     OmegaConf.register_new_resolver("output_dir", _output_dir, replace=True)
     _register_launcher()
     sys.argv = ["prefopt", *command.split("_"), *words]  # what the manifest shows, however this function was reached
@@ -79,12 +81,15 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     if args.experimental_rerun:
         raise UserError("--experimental-rerun reads a pickle, which could run any code; repeat the command in the run's manifest.json")
     # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
-    args.overrides = [re.sub(r"^\+(experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
+    args.overrides = [re.sub(r"^\+(adapter|experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
     # A question is free text: its commas, quotes and colons mean nothing to Hydra.
     args.overrides = [_quoted(o) if o.startswith("prompt=") else o for o in args.overrides]
     for word in args.overrides:
         if word.startswith("~") and (key := word[1:].partition("=")[0]) not in GROUPS and not key.startswith("hydra"):
             raise UserError(f"{word}: a key cannot be taken away, it would silently fall back to a default; set it: {key}=...")
+        if (match := re.match(r"(\w+)=\[([\w-]+)\b.*\]$", word)) and match[1] in set(GROUPS) - {"experiment", "sweep", "debug"}:
+            both = "; for both trackers: tracker=wandb tracker.tensorboard=true" if match[1] == "tracker" else ""
+            raise UserError(f"{word}: Hydra would merge these into one, and the last would win; choose one: {match[1]}={match[2]}{both}")
     return args
 
 
@@ -153,6 +158,7 @@ def _register_launcher() -> None:
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
     check_files(cfg.data)
+    check_trackers(cfg.tracker)
     note(Path(cfg.run_dir).absolute())
     if claim(cfg, cfg.algo["name"]) == "finished":
         print(f"{cfg.run_dir} is finished; choose another hydra.run.dir to run again", file=sys.stderr)
@@ -175,10 +181,16 @@ def sample(cfg: Any) -> None:
     return sample(cfg)
 
 
+def label(cfg: Any) -> dict[str, Any]:
+    from prefopt.evaluation.label import label
+
+    return label(cfg)
+
+
 def data_check(cfg: Any) -> None:
     from prefopt.evaluation.data_check import check_text
 
     print(check_text(cfg))
 
 
-TASKS = {"train": train, "eval": evaluate, "sample": sample, "data_check": data_check}
+TASKS = {"train": train, "eval": evaluate, "sample": sample, "label": label, "data_check": data_check}

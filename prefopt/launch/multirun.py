@@ -21,6 +21,8 @@ from prefopt.config.schema import TrainConfig
 from prefopt.data.sources import check_files
 from prefopt.errors import RunFailed, UserError
 from prefopt.launch.local import forwarding, worker_command, worker_environment
+from prefopt.tracking.redact import redact
+from prefopt.tracking.trackers import check_trackers
 from prefopt.training.rundir import claim, read_status, release, write_atomic
 
 
@@ -33,6 +35,7 @@ class JobLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         sweep = Path(self.config.hydra.sweep.dir)
         jobs = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        hide_secrets(sweep / "multirun.yaml")  # Hydra's own record
         board = Board(sweep, [(overrides, cfg.run_dir) for overrides, cfg in jobs])
         for number, (overrides, cfg) in enumerate(jobs):
             board.set(number, "running")
@@ -60,6 +63,7 @@ class JobLauncher(Launcher):
         try:
             cfg = typed(config, "train", config.hydra.runtime.choices.algo)
             check_files(cfg.data)
+            check_trackers(cfg.tracker)
             return overrides, cfg
         except UserError as error:
             raise UserError(f"job {number + 1} ({' '.join(overrides)}): {error}. No job was started.") from error
@@ -84,7 +88,7 @@ class Board:
             self.since = time.monotonic()
         self.jobs[number] |= {"state": state, "message": message, "seconds": round(time.monotonic() - self.since, 1)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps(self.jobs, indent=2))
+        write_atomic(self.path, json.dumps(redact(self.jobs), indent=2))
 
     def table(self) -> str:
         lines = [f"{'state':<9} {'seconds':>8}  job"]
@@ -92,6 +96,12 @@ class Board:
             note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] == "failed" and job["message"] else ""
             lines.append(f"{job['state']:<9} {job['seconds']:>8.1f}  {' '.join(job['overrides']) or 'no overrides'}{note}")
         return "\n".join(lines)
+
+
+def hide_secrets(file: Path) -> None:
+    """Takes what looks like a secret out of a text file that was written by others."""
+    if file.exists() and (clean := redact(text := file.read_text(errors="replace"))) != text:
+        write_atomic(file, clean)
 
 
 def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
@@ -107,6 +117,7 @@ def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
                                    stdin=subprocess.DEVNULL, start_new_session=True)
         with forwarding(process) as stop:
             code = process.wait()
+    hide_secrets(folder / "log.txt")
     status = read_status(folder)
     release(folder)
     if stop:

@@ -121,9 +121,10 @@ class Objective:
 
     Class attributes tell the rest of prefopt, which reads them from source without importing torch:
     `formula` is the value of each term for one unit, in plain arithmetic: w, l (sequence log-probs of chosen and rejected), rw, rl
-    (the same under the reference), nw, nl (their token counts), h = (w-rw)-(l-rl), p (soft label), m (margin); unary: y, r, n, d
-    (1 if desirable), z (KL estimate); t (one token's log-prob); groups: R (the completion's reward), G (rewards of its group), tokens
-    (t, the same under the policy that sampled it, and under the reference, of each token). Tests evaluate it as the oracle, the docs print it.
+    (the same under the reference), nw, nl (their token counts), h = (w-rw)-(l-rl), p (soft label), m (margin); of a reward model a, b
+    (rewards of both); unary: y, r, n, d (1 if desirable), z (KL estimate); t (one token's log-prob); groups: R (the completion's
+    reward), G (rewards of its group), tokens (of each token t, o under the policy that sampled it, s under the reference). Tests
+    evaluate it as the oracle, the docs print it.
     `golden` lists (settings and scores, value); `limits` lists (settings and scores to pin, formula that must then hold).
     """
 

@@ -27,16 +27,17 @@ class GRPO(Objective):
     """Group Relative Policy Optimization: a clipped policy gradient whose baseline is the group's mean reward (arXiv 2402.03300).
 
     A = (R - mean(G)) / (std(G) + 1e-4), G the rewards of all replies to one prompt; rho_t = pi(y_t) / pi_old(y_t)
-    kl_t = ref(y_t)/pi(y_t) - log(ref(y_t)/pi(y_t)) - 1, an unbiased estimate of KL(pi || ref) that is never negative
+    kl_t = ref(y_t)/pi(y_t) - log(ref(y_t)/pi(y_t)) - 1, an estimate of KL(pi || ref) that is never negative
     L = -mean_t [min(rho_t A, clip(rho_t, 1-epsilon, 1+epsilon) A) - beta kl_t], mean over a reply's tokens, then over replies
-    `scale_rewards=false` leaves the division out (Dr. GRPO, arXiv 2503.20783, whose sum over tokens this is not). Where rewards are all
-    the same a group teaches nothing. Log-ratios above 20 count as 20 inside exp, which keeps it finite. Rewards: log pi - log ref, nats.
-    Ranges: the loss starts at 0 and says nothing; watch rollout/reward.
+    The gradient of kl_t is that of KL(ref || pi); `unbiased_kl` multiplies it by rho_t, which gives that of KL(pi || ref) (2512.02556).
+    `scale_rewards=false` leaves the division out, as Dr. GRPO does (2503.20783). Log-ratios above 20 count as 20 inside exp.
+    Rewards: log pi - log ref, nats. Ranges: the loss starts at 0 and says nothing; watch rollout/reward.
     """
 
     beta: float = 0.04
     epsilon: float = 0.2
     scale_rewards: bool = True
+    unbiased_kl: bool = False
 
     view: ClassVar = "groups"
     quantities: ClassVar = {"policy": ("logp", "token_logp"), "reference": ("logp", "token_logp"), "previous": ("token_logp",)}
@@ -44,7 +45,8 @@ class GRPO(Objective):
     require: ClassVar = ("beta >= 0", "0 < epsilon < 1")
     formula: ClassVar = {
         "policy_gradient": "-mean(min(exp(min(t-o, 20)) * A, max(min(exp(min(t-o, 20)), 1+epsilon), 1-epsilon) * A)"
-        " - beta*(exp(min(s-t, 20)) - (s-t) - 1) for A in [(R - mean(G)) / (std(G) + 0.0001) if scale_rewards else R - mean(G)] for t, o, s in tokens)"
+        " - beta * (exp(min(t-o, 20)) if unbiased_kl else 1) * (exp(min(s-t, 20)) - (s-t) - 1)"
+        " for A in [(R - mean(G)) / (std(G) + 0.0001) if scale_rewards else R - mean(G)] for t, o, s in tokens)"
     }
     golden: ClassVar = (
         ({"R": 1, "G": [1, 0], "tokens": [(-1, -1, -1)]}, -0.707007),
@@ -62,7 +64,8 @@ class GRPO(Objective):
         clipped = ratio.clamp(1 - self.epsilon, 1 + self.epsilon)
         behind = token_logp["reference"].detach() - policy
         kl = behind.clamp(max=20).exp() - behind - 1
-        values = _mean_per_edge(self.beta * kl - torch.minimum(ratio * advantage, clipped * advantage), batch)[groups.edge]
+        penalty = self.beta * (ratio * kl if self.unbiased_kl else kl)
+        values = _mean_per_edge(penalty - torch.minimum(ratio * advantage, clipped * advantage), batch)[groups.edge]
         metrics = {"kl_to_reference": kl, "clipped": (ratio != clipped).to(policy.dtype)}
         own = batch.tokens_of(groups.edge)
         return Terms([Term("policy_gradient", values, "completion")], {name: m.detach()[own] for name, m in metrics.items()})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.schema import DataConfig, ModelConfig, SamplerConfig, TrustConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.data.records import Example, Message
@@ -29,8 +30,10 @@ class Reply:
     text: str
 
 
-class CausalLM(nn.Module):
-    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order."""
+class LanguageModel(nn.Module):
+    """What a causal LM and a reward model have in common: a transformers model, its tokenizer, precision, LoRA, saving."""
+
+    task = "CAUSAL_LM"  # PEFT's word for it
 
     def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
         super().__init__()
@@ -40,18 +43,49 @@ class CausalLM(nn.Module):
         print(f"model: {located.where}", file=sys.stderr)
         self.tokenizer = _load_tokenizer(located, trust)
         frozen = torch.bfloat16 if precision == "bf16" and cfg.lora.enabled else torch.float32
-        self.model = _load_model(located, cfg, trust, frozen).to(device)
-        self.tokeniser = Tokeniser(self.tokenizer, data, _context(self.model.config), cfg.chat_template)
+        self.model = self.load(located, trust, frozen, seed).to(device)
+        self.tokeniser = Tokeniser(self.tokenizer, data, _context(self.model.config), cfg.chat_template, cfg.thinking)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         if cfg.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # by position: the argument's name has changed along with the method's
         if cfg.lora.enabled:
-            self.model = _add_lora(self.model, cfg, seed)
+            self.model = _add_lora(self.model, cfg, seed, self.task)
+
+    def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+        """The model in `located`, without an adapter."""
+        return _load_model(located, self.cfg, trust, dtype)[0]
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """bf16 matrix products, inside the policy, so that reference copies and sampling compute exactly as training does."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def tokenise(self, example: Example) -> Tokens:
+        return self.tokeniser(example)
+
+    @contextmanager
+    def without_adapter(self):
+        """The base model, for a reference that costs nothing."""
+        with self.model.disable_adapter():
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """A plain transformers folder, or a PEFT adapter folder, with the tokenizer."""
+        self.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.cfg.lora.enabled else {}))
+        self.tokenizer.save_pretrained(folder)
+
+
+class CausalLM(LanguageModel):
+    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order."""
+
+    quantity = "token_logp"  # what `forward` returns
 
     def forward(self, micro: MicroBatch) -> Tensor:
         predict = micro.trained[:, 1:]  # the logits at t-1 score the token at t
@@ -64,13 +98,6 @@ class CausalLM(nn.Module):
             logits = logits.float()
         targets = micro.input_ids[:, 1:][predict]
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-    def autocast(self) -> torch.autocast:
-        """bf16 matrix products, inside the policy, so that reference copies and sampling compute exactly as training does."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-
-    def tokenise(self, example: Example) -> Tokens:
-        return self.tokeniser(example)
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
         """Ids of a prompt to sample from."""
@@ -127,29 +154,16 @@ class CausalLM(nn.Module):
             replies.append(Reply(kept, end is not None, self.decode(kept)))
         return replies
 
-    @contextmanager
-    def without_adapter(self):
-        """The base model, for a reference that costs nothing."""
-        with self.model.disable_adapter():
-            yield
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def save(self, folder: Path) -> None:
-        """A plain transformers folder, or a PEFT adapter folder, with the tokenizer."""
-        self.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.cfg.lora.enabled else {}))
-        self.tokenizer.save_pretrained(folder)
-
 
 def load_tokeniser(cfg: ModelConfig, data: DataConfig, trust: TrustConfig) -> Tokeniser:
     """The tokeniser that `CausalLM` would have, without its weights."""
     if cfg.path is None and cfg.name.startswith("tiny-lm"):
         from prefopt.policies.tiny_lm import MODEL, build_tokenizer
 
-        return Tokeniser(build_tokenizer(), data, MODEL["max_position_embeddings"], cfg.chat_template)
+        return Tokeniser(build_tokenizer(), data, MODEL["max_position_embeddings"], cfg.chat_template, cfg.thinking)
     located = locate(cfg, weights=False)
-    return Tokeniser(_load_tokenizer(located, trust), data, _context(_load_config(located, trust)), cfg.chat_template)
+    context = _context(_load_config(located, trust))
+    return Tokeniser(_load_tokenizer(located, trust), data, context, cfg.chat_template, cfg.thinking)
 
 
 def _context(config: Any) -> int:
@@ -175,13 +189,22 @@ def _load_config(located: Located, trust: TrustConfig) -> Any:
         raise _refusal("config", located, error) from error
 
 
-def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype, auto: str = "AutoModelForCausalLM",
+                **settings: Any) -> tuple[nn.Module, set[str]]:
+    """(model, names of weights that the folder does not have). `auto` is the class of transformers, `settings` go into its config."""
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has one progress line of its own
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
     config = _load_config(located, trust)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) and cfg.attention != "eager":
+        # Some versions of transformers leave the cap out without a word, others refuse.
+        raise UserError(f"{located.where} caps its attention scores, which model.attention={cfg.attention} does not; "
+                        "set model.attention=eager")
+    fourbit = _four_bits() if cfg.quantize else {}
+    for name, value in settings.items():
+        setattr(config, name, value)
     for part in (config, config.get_text_config()):
         for name, value in list(vars(part).items()):
             # Published checkpoints name it differently: attention_dropout, resid_pdrop, hidden_dropout, ...
@@ -190,13 +213,25 @@ def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: t
             elif name == "layerdrop":
                 part.layerdrop = 0.0
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = getattr(transformers, auto).from_pretrained(
             located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=cfg.attention,
-            trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True,
+            trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True, output_loading_info=True, **fourbit,
         )
-        return plain(model) if located.gguf_file else model
+        return plain(model) if located.gguf_file else model, set(report["missing_keys"])
     except Exception as error:
         raise _refusal("model", located, error) from error
+
+
+def _four_bits() -> dict[str, Any]:
+    """Loading straight into nf4 with double quantisation, computing in bf16: QLoRA's setting (arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    require_bitsandbytes()
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    # Quantising is work for the device that will hold the weights.
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
 
 
 def _refusal(what: str, located: Located, error: Exception) -> UserError:
@@ -210,8 +245,8 @@ def _refusal(what: str, located: Located, error: Exception) -> UserError:
     return UserError(f"the {what} of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})")
 
 
-def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int) -> nn.Module:
-    """Adapters in fp32 on a frozen model; a fresh one starts as the identity."""
+def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int, task: str) -> nn.Module:
+    """Adapters in fp32 on a frozen model; a fresh one starts as the identity. `task` is PEFT's type: with SEQ_CLS the head is trained too."""
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
     lora = cfg.lora
@@ -232,7 +267,7 @@ def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int) -> nn.Module:
             try:
                 model = get_peft_model(
                     model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
-                                      task_type="CAUSAL_LM")
+                                      task_type=task)
                 )
             except ValueError as error:
                 raise UserError(f"model.lora.targets={lora.targets}: {_line(error)}") from error

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from prefopt.report.alarms import alarms
 from prefopt.report.compare_results import Results
 from prefopt.report.compare_runs import Method, Run, dig
 from prefopt.report.plots import compact, finite
-from prefopt.report.run_report import alarms
 
 FEW_PROMPTS = 30
 TOKENS_APART = 1.05  # seeds alone change the number of tokens by less
 
 
 def caveats(results: Results) -> list[str]:
-    checks = (_seeds, _unfinished, _alarms, _data, _models, _efforts, _settings, _selection)
+    checks = (_seeds, _unfinished, _alarms, _data, _models, _rewards, _efforts, _settings, _selection)
     return [line for check in checks for line in check(results)] + results.remarks
 
 
@@ -27,6 +27,10 @@ def _seeds(results: Results) -> list[str]:
         lines.append(f"One seed only: {which}. Intervals and tests cover the choice of prompts, not what another seed would give.")
     if two:
         lines.append(f"Two seeds only: {_named(two, results)}. They say little about the spread between seeds.")
+    counts = sorted({len(m.seeds) for m in results.methods})
+    if len(counts) > 1:
+        each = "; ".join(f"{n} of {_named([m for m in results.methods if len(m.seeds) == n], results)}" for n in counts)
+        lines.append(f"Methods have different numbers of seeds ({each}): how wide their intervals are cannot be compared.")
     for method in results.methods:
         doubled = [str(s) for s in method.seeds if sum(run.seed == s for run in method.runs) > 1]
         if doubled:
@@ -100,8 +104,26 @@ def _models(results: Results) -> list[str]:
     return lines
 
 
+def _rewards(results: Results) -> list[str]:
+    """Which reward stands in the samples: the evaluations say under which name its mean was written."""
+    learned = [run for run in results.runs if run.values("true_reward") is not None and not any("true_reward" in r for r in run.evals)]
+    if not learned:
+        return []
+    if len(learned) < sum(run.values("true_reward") is not None for run in results.runs):
+        return ["Some runs were judged by a known reward, others by a reward model: their rewards and win rates cannot be compared."]
+    return ["No true reward is known: what is called so here, and win rates, are a reward model's opinion, which a policy that was trained "
+            "against it can please without being better."]
+
+
 def _efforts(results: Results) -> list[str]:
     lines = []
+    budgets = sorted({run.figure("samples") or 0.0 for run in results.runs})
+    if len(budgets) > 1 and budgets[0] == 0:
+        lines.append(f"Some methods learnt from stored replies alone, others had up to {budgets[-1]:.0f} replies of their own judged: "
+                     "not an equal budget.")
+    if len([n for n in budgets if n]) > 1:
+        own = [n for n in budgets if n]
+        lines.append(f"The runs sampled different numbers of replies to learn from ({own[0]:.0f} to {own[-1]:.0f}): not an equal budget.")
     steps = {n for run in results.runs if (n := finite(run.status.get("total_steps"))) is not None}
     if len(steps) > 1:
         lines.append(f"The runs were given different numbers of steps ({', '.join(f'{n:.0f}' for n in sorted(steps))}).")

@@ -6,19 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.report.alarms import alarms
 from prefopt.report.compare_caveats import caveats, count
 from prefopt.report.compare_results import COSTS, MEASURES, Measure, Results
 from prefopt.report.compare_runs import SAMPLED, Method, Run, dig
 from prefopt.report.compare_stats import MOST_RESAMPLES, RESAMPLES, RESAMPLES_PER_PAIR, Difference, Estimate, mean_interval
 from prefopt.report.page import render
 from prefopt.report.plots import Group, Series, compact, duration, number
-from prefopt.report.run_report import alarms
 
 SHORT_LABEL = 16  # longer labels leave no room for a picture beside them
 MOST_BANDS = 5  # more bands than this cover each other
 PAIR_LINES = 15  # pairs listed one by one in the terminal
 COMPACT = 7  # with more methods the cells of a matrix leave out their intervals
 COLOURS = 8
+# What stands side by side in a terminal.
+BLOCKS = (
+    ("true_reward", "win_rate", "lc_win_rate", "kl"), ("accuracy", "ranking_accuracy", "length", "finished"), tuple(m.key for m in COSTS),
+)  # fmt: skip
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -50,7 +54,7 @@ def make_table(results: Results) -> Table:
     columns = [m for m in (*MEASURES, *COSTS) if results.known(m.key)]
     table = Table(columns)
     for measure in (*MEASURES, *COSTS):
-        if measure not in columns:
+        if measure not in columns and measure.key != "samples":  # offline runs sample none, and nobody misses it
             reasons = list(dict.fromkeys(run.why_missing(measure.key) for run in results.runs))
             table.left_out.append(f"{measure.title} ({'; '.join(reasons)})")
     if results.initial:
@@ -79,7 +83,7 @@ def _cell(measure: Measure, estimate: Estimate | None) -> Cell:
 def formatter(measure: Measure) -> Callable[[float], str]:
     if measure.key == "seconds":
         return duration
-    if measure.key == "tokens":
+    if measure.key in ("tokens", "samples"):
         return compact
     if measure.key == "flops":
         return lambda value: f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
@@ -105,16 +109,18 @@ def _lacks(run: Run, key: str) -> bool:
 
 
 def table(results: Results) -> str:
-    """Figures and costs in two blocks, so that 100 columns are enough; then what is significant."""
+    """Figures and costs in blocks, so that 100 columns are enough; then what is significant."""
     made = make_table(results)
     blocks = []
-    for wanted in ([m for m in made.columns if m in MEASURES], [m for m in made.columns if m in COSTS]):
+    for keys in BLOCKS:
+        wanted = [m for m in made.columns if m.key in keys]
         if wanted:
             blocks.append(_block(made, wanted, with_seeds=wanted[0] in MEASURES))
     notes = [f"{mark}: {text}" for text, mark in made.footnotes.items()]
     notes += [f"left out: {text}" for text in made.left_out]
     brackets = "[95 % interval over seeds and prompts; with one seed over prompts only]" if any(m in MEASURES for m in made.columns) else ""
-    parts = [blocks[0], "\n".join(filter(None, [brackets, *notes])), *blocks[1:], *_pair_lines(results)]
+    figures = len(blocks) - any(m in COSTS for m in made.columns)
+    parts = [*blocks[:figures], "\n".join(filter(None, [brackets, *notes])), *blocks[figures:], *_pair_lines(results)]
     warnings = caveats(results)
     parts += ["\n".join(["caveats:", *(f"  - {line}" for line in warnings)])] if warnings else []
     return "\n\n".join(filter(None, parts))
@@ -342,7 +348,9 @@ def page(results: Results) -> str:
         setup=_setup(results),
         caveats=caveats(results),
         table=made,
-        costs=COSTS,
+        has=lambda key: any(m.key == key for m in made.columns),
+        measured=[m for m in made.columns if m in MEASURES],
+        costs=[m for m in made.columns if m in COSTS],
         swatches={m.letter: colour(i) for i, m in methods},
         rewards=matrix(results, results.rewards, 1, 2, sign=True),
         wins=matrix(results, results.wins, 100, 0, sign=False),

@@ -26,13 +26,19 @@ class Measure:
 MEASURES = (
     Measure("true_reward", "True reward", "true reward"),
     Measure("win_rate", "Win rate vs initial", "win rate %", "%", 100, 0),
+    Measure("lc_win_rate", "Length-controlled win rate", "at equal length %", "%", 100, 0),
     Measure("kl", "KL", "KL nats", "nats"),
     Measure("accuracy", "Held-out accuracy", "accuracy %", "%", 100, 0),
+    Measure("ranking_accuracy", "Ranking accuracy", "ranking %", "%", 100, 0),
     Measure("length", "Reply length", "length", "tokens", 1, 1),
     Measure("finished", "Finished", "finished %", "%", 100, 0),
 )
-COSTS = (Measure("seconds", "Time", "time"), Measure("tokens", "Tokens", "tokens"), Measure("flops", "Model FLOPs", "model FLOPs"))
-SHARES = ("win_rate", "accuracy", "finished")
+COSTS = (
+    Measure("seconds", "Time", "time"), Measure("tokens", "Tokens", "tokens"), Measure("samples", "Sampled replies", "sampled replies"),
+    Measure("flops", "Executed FLOPs", "executed FLOPs"),
+)  # fmt: skip
+SHARES = ("win_rate", "lc_win_rate", "accuracy", "ranking_accuracy", "finished")
+NEVER_NEGATIVE = ("kl", "length")  # their intervals end at 0, whatever the spread between two seeds says
 
 
 @dataclass
@@ -91,7 +97,10 @@ def letter(i: int) -> str:
 def _estimate(method: Method, key: str) -> Estimate | None:
     if key in SAMPLED:
         grid = method.grid(key)
-        return None if grid is None else mean_interval(grid, share=key in SHARES)
+        if grid is None:
+            return None
+        estimate = mean_interval(grid, share=key in SHARES)
+        return replace(estimate, low=max(estimate.low, 0.0)) if key in NEVER_NEGATIVE and estimate.mean >= 0 else estimate
     of_seed: dict = {}
     for run in method.runs:
         if (value := run.figure(key)) is not None:
@@ -99,7 +108,7 @@ def _estimate(method: Method, key: str) -> Estimate | None:
     means = [sum(values) / len(values) for values in of_seed.values()]
     if not means:
         return None
-    if key == "accuracy":
+    if key in SHARES:
         units = [dig(run.manifest, "data.eval.rows") for run in method.runs]
         return share_interval(means, min(units) if all(isinstance(n, int) for n in units) else None)
     # Costs are known exactly: their range is shown, and no interval.

@@ -16,6 +16,7 @@ import yaml
 from prefopt.config.objective_source import read_objective
 from prefopt.errors import UserError, nearest
 from prefopt.report.compare_stats import by_seed
+from prefopt.report.estimators import length_controlled, wins
 from prefopt.report.plots import Row, finite, tidy
 from prefopt.tracking.redact import redact
 from prefopt.tracking.tracker import read_jsonl
@@ -34,7 +35,9 @@ DATA_KEYS = (
 UNSET = "unset"
 
 # Quantities with one value per sampled reply, and the field of samples.jsonl each is made from.
-SAMPLED = {"true_reward": "reward", "win_rate": "reward", "kl": "log_ratio", "length": "tokens", "finished": "finished"}
+SAMPLED = {
+    "true_reward": "reward", "win_rate": "reward", "lc_win_rate": "reward", "kl": "log_ratio", "length": "tokens", "finished": "finished",
+}  # fmt: skip
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -87,10 +90,16 @@ class Run:
         """[P] one value per prompt at an evaluation (the last); None where it was not measured."""
         step = self.step if step is None else step
         found = self._column(SAMPLED[key], step)
-        if key != "win_rate":
+        if key not in ("win_rate", "lc_win_rate"):
             return found
         start = self._column("reward", 0.0)
-        return None if found is None or start is None else 0.5 * (1 + np.sign(found - start))
+        if found is None or start is None:
+            return None
+        won = wins(found, start)
+        if key == "win_rate":
+            return won
+        ours, theirs = self._column("tokens", step), self._column("tokens", 0.0)
+        return None if ours is None or theirs is None else length_controlled(won, ours - theirs)
 
     def _column(self, column: str, step: float) -> np.ndarray | None:
         rows = self.samples.get(step, {})
@@ -99,13 +108,13 @@ class Run:
         return None if None in numbers or len(numbers) != len(self.ids) or not numbers else np.array(numbers)
 
     def figure(self, key: str) -> float | None:
-        """A figure that has no parts: the last evaluation's accuracy, or what the run cost."""
-        if key == "accuracy":
+        """A figure that has no parts: an accuracy of the last evaluation, or what the run cost."""
+        if key in ("accuracy", "ranking_accuracy"):
             return next((row.get(key) for row in self.evals if row["step"] == self.step), None)
         if key == "seconds":
             return finite(self.status.get("seconds"))
-        if key == "tokens":
-            return max((row["tokens"] for row in self.train if "tokens" in row), default=None)
+        if key in ("tokens", "samples"):  # both count up
+            return max((row[key] for row in self.train if key in row), default=None)
         return flops(self)[0]
 
     def why_missing(self, key: str) -> str:
@@ -115,12 +124,14 @@ class Run:
                 return "evaluation.prompts=0, so nothing was sampled"
             if not self.samples:
                 return "samples.jsonl is missing or holds no complete evaluation"
-        if key in ("true_reward", "win_rate"):
+        if key in ("true_reward", "win_rate", "lc_win_rate"):
             if dig(self.config, "reward.kind") == "none":
                 return "reward.kind=none"
             rated = sum(finite(row.get("reward")) is not None for row in self.samples[self.step].values())
             if 0 < rated < len(self.samples[self.step]):
                 return "some replies have no reward"
+            if key == "lc_win_rate" and self.values("win_rate") is not None:
+                return "all replies are longer than the initial policy's, or all are shorter"
             return "the initial policy was not evaluated" if rated else "no reward is known for this data"
         if key == "kl":
             if dig(self.config, "evaluation.kl") is False:
@@ -130,8 +141,9 @@ class Run:
         if key == "flops":
             return flops(self)[1]
         return {
-            "accuracy": "the run reports no accuracy on pairs", "seconds": "status.json has no time",
-            "tokens": "no training step was recorded",
+            "accuracy": "the run reports no accuracy on pairs", "ranking_accuracy": "the run reports no ranking accuracy",
+            "seconds": "status.json has no time", "tokens": "no training step was recorded",
+            "samples": "trained on stored replies, none were sampled to learn from",
         }.get(key, "not recorded")  # fmt: skip
 
 
@@ -139,7 +151,9 @@ def flops(run: Run) -> tuple[float | None, str]:
     """(operations of all training steps, why they are unknown). N parameters, of which t are trained; per token
 
     2N forward, 2N backward to the activations, 2t to the weights (together 6N where all are trained); 2N more for a reference that
-    is run along, and 2N for an objective that scores every batch twice. Attention's quadratic part and evaluations are left out.
+    is run along, 2N for an objective that scores every batch twice, and 2N where gradient checkpointing runs the forward pass again.
+    2N per token of a reply that was sampled to learn from. Attention's quadratic part, padding, sampled prompts, reward models and
+    evaluations are left out.
     """
     total, trained = (finite(run.manifest.get(key)) for key in ("parameters", "trainable_parameters"))
     tokens = run.figure("tokens")
@@ -151,8 +165,18 @@ def flops(run: Run) -> tuple[float | None, str]:
         return None, "the objective's source, which says whether it needs a reference, cannot be read here"
     how = str(run.manifest.get("reference") or "none")
     live = objective.needs_reference and how != "none" and "stor" not in how
-    passes = 4 * total + 2 * trained + 2 * total * live + 2 * total * (objective.coupling == "global")
-    return passes * tokens, ""
+    again = bool(dig(run.config, "model.gradient_checkpointing"))
+    passes = 4 * total + 2 * trained + 2 * total * (live + (objective.coupling == "global") + again)
+    return passes * tokens + 2 * total * sampled_tokens(run), ""
+
+
+def sampled_tokens(run: Run) -> float:
+    """Tokens of the replies that an online run sampled to learn from: each round's mean length times its number of replies."""
+    out, before = 0.0, 0.0
+    for row in run.train:
+        if "samples" in row and "rollout/length" in row:
+            out, before = out + (row["samples"] - before) * row["rollout/length"], row["samples"]
+    return out
 
 
 def dig(data: Any, dotted: str) -> Any:
@@ -386,14 +410,19 @@ def _shown(own: dict[str, str], everyone: list[dict[str, str]]) -> list[str]:
         peers = everyone
         if part in ("algo", "model", "data") and key != f"{part}.name":
             peers = [other for other in everyone if other.get(f"{part}.name") == own.get(f"{part}.name")]
+        if part == "source" and key != "source.kind":
+            if own.get("source.kind", "offline") == "offline":  # it samples nothing, so how it would does not matter
+                continue
+            peers = [other for other in everyone if other.get("source.kind") == own["source.kind"]]
         if len({other.get(key, UNSET) for other in peers}) > 1:
             keys.append(key)
     return keys
 
 
 def _short(keys: set[str]) -> dict[str, str]:
-    """algo.beta -> beta, model.name -> model; the full key where two would share a name."""
-    names = {key: key.removesuffix(".name") if key in ("model.name", "data.name") else key.rpartition(".")[2] for key in keys}
+    """algo.beta -> beta, model.name -> model, source.kind -> source; the full key where two would share a name."""
+    whole = {"model.name": "model", "data.name": "data", "source.kind": "source", "reward.kind": "reward"}
+    names = {key: whole.get(key) or key.rpartition(".")[2] for key in keys}
     counts = Counter(names.values())
     return {key: name if counts[name] == 1 else key for key, name in names.items()}
 

@@ -2,8 +2,7 @@
 
 `write_report(run_dir)` reads config.yaml, manifest.json, status.json, metrics.jsonl and samples.jsonl and
 writes report.html beside them. Whatever is missing or broken costs its own panel, never the page.
-`alarms(rows)` gives the warnings alone, for the training loop. In train rows `tokens` and `skipped_steps` are
-running totals.
+In train rows `tokens` and `skipped_steps` are running totals.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, mean, median, stdev
@@ -21,20 +18,10 @@ from typing import Any
 import yaml
 
 from prefopt.errors import UserError
+from prefopt.report.alarms import GUIDE, Alarm, alarms, checked, count
 from prefopt.report.page import render, write_page
-from prefopt.report.plots import Change, Row, change, compact, duration, finite, groups, number, tidy
+from prefopt.report.plots import Row, change, compact, duration, finite, groups, number, tidy
 from prefopt.tracking.redact import redact
-
-# Held-out pairs are the same at every evaluation, so their log-probability has no sampling noise, and one nat
-# makes a reply e times less likely. On long replies that is little, so 2 % of the start is asked as well.
-DISPLACEMENT_NATS = 1.0
-DISPLACEMENT_SHARE = 0.02
-# Sampling noise moves mean lengths by some per cent; 30 % is far outside, and enough to sway a judge.
-LENGTH_GROWTH = 0.30
-# A fall below the best reward must exceed both intervals; where there are none, a tenth of its size.
-OVEROPTIMISATION_DROP = 0.10
-# The standard error of a share near one half is 6 points with 64 samples: ten points are rarely chance.
-UNFINISHED_DROP = 0.10
 
 FIRST_SAMPLES = 12
 PARTS = ("algo", "model", "data")
@@ -60,7 +47,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict]:
         if isinstance(row, dict):
             rows.append(row)
     if broken:
-        problems.append(f"{path.name}: {_count(broken, 'line')} could not be read (killed while writing?).")
+        problems.append(f"{path.name}: {count(broken, 'line')} could not be read (killed while writing?).")
     return rows
 
 
@@ -117,165 +104,7 @@ def _student(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-# ---- alarms --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A warning; the explanation's second line says what to do."""
-
-    name: str
-    title: str
-    explanation: str
-
-
-class _Unchecked(Exception):
-    """The rows lack what a check needs; the message names it."""
-
-
-def alarms(rows: list[dict]) -> list[Alarm]:
-    """The alarms of a run, from the rows of metrics.jsonl as they are. A pure function."""
-    return [found for _, found in _checks(rows) if isinstance(found, Alarm)]
-
-
-def _checks(rows: list[dict]) -> list[tuple[str, Alarm | str | None]]:
-    """(what was checked, an Alarm | None for all clear | why it could not be checked)."""
-    train, evals = tidy(rows, "train"), tidy(rows, "eval")
-    checks: list[tuple[str, Callable[[], Alarm | None]]] = [
-        ("likelihood displacement", lambda: _displacement(evals)),
-        ("over-optimisation", lambda: _overoptimisation(evals)),
-        ("length growth", lambda: _length_growth(evals)),
-        ("unfinished replies", lambda: _unfinished(evals)),
-        ("skipped steps", lambda: _skipped(train)),
-        ("non-finite loss", lambda: _non_finite(rows)),
-    ]
-    results: list[tuple[str, Alarm | str | None]] = []
-    for name, check in checks:
-        try:
-            results.append((name, check()))
-        except _Unchecked as why:
-            results.append((name, str(why)))
-    return results
-
-
-def _moved(evals: list[Row], key: str, what: str) -> Change:
-    c = change(evals, key)
-    if c is None or not c.moved:
-        raise _Unchecked(f"needs {what} at two evaluations")
-    return c
-
-
-def _displacement(evals: list[Row]) -> Alarm | None:
-    chosen = _moved(evals, "logp/chosen", "held-out log-probabilities")
-    rejected = _moved(evals, "logp/rejected", "held-out log-probabilities")
-    for c in (chosen, rejected):
-        if c.before - c.after <= max(DISPLACEMENT_NATS, DISPLACEMENT_SHARE * abs(c.before)):
-            return None
-    down, down_rejected = chosen.before - chosen.after, rejected.before - rejected.after
-    faster = "Any margin grew only because rejected fell faster. " if down_rejected > down else ""
-    return Alarm(
-        "likelihood_displacement",
-        "Chosen replies became less likely",
-        f"On held-out pairs the log-probability of chosen replies fell by {number(down)} nats, that of "
-        f"rejected ones by {number(down_rejected)}. {faster}The probability moved to replies that are in "
-        "neither and that nobody has judged (likelihood displacement).\n"
-        "Read the samples. If they got worse: lower the learning rate, raise beta, train fewer steps, or add "
-        "a log-likelihood term on chosen replies (the objectives cpo and orpo have one).",
-    )
-
-
-def _overoptimisation(evals: list[Row]) -> Alarm | None:
-    last = _moved(evals, "true_reward", "a true reward").last
-    rows = [row for row in evals if "true_reward" in row]
-    best = max(rows, key=lambda row: row["true_reward"])
-    drop = best["true_reward"] - last["true_reward"]
-    low, high = best.get("true_reward_low"), last.get("true_reward_high")
-    if low is not None and high is not None:
-        noise = math.hypot(best["true_reward"] - low, high - last["true_reward"])
-    else:
-        span = best["true_reward"] - min(row["true_reward"] for row in rows)
-        noise = OVEROPTIMISATION_DROP * max(abs(best["true_reward"]), span)
-    if drop <= noise:
-        return None
-    if "reward/margin" in best and "reward/margin" in last:
-        name, improved = "the held-out margin kept rising", last["reward/margin"] > best["reward/margin"]
-    elif "loss" in best and "loss" in last:
-        name, improved = "the held-out loss kept falling", last["loss"] < best["loss"]
-    else:
-        raise _Unchecked("needs a held-out margin or loss beside the true reward")
-    return None if not improved else Alarm(
-        "over_optimisation",
-        "True reward fell while the objective improved",
-        f"True reward was {number(best['true_reward'])} at step {best['step']:.0f} and is "
-        f"{number(last['true_reward'])} at step {last['step']:.0f}, while {name}: the policy now fits the "
-        "pairs at the expense of what they stand for (over-optimisation).\n"
-        f"Use the checkpoint near step {best['step']:.0f} if it was kept, or train again with fewer steps, a "
-        "higher beta or a lower learning rate; noisy labels make this worse.",
-    )  # fmt: skip
-
-
-def _length_growth(evals: list[Row]) -> Alarm | None:
-    c = _moved(evals, "length", "reply lengths")
-    if c.after <= (1 + LENGTH_GROWTH) * c.before or c.after <= 0:
-        return None
-    growth = f" ({100 * (c.after / c.before - 1):.0f} % longer)" if c.before > 0 else ""
-    return Alarm(
-        "length_growth",
-        "Replies grew much longer",
-        f"Samples went from {c.before:.1f} to {c.after:.1f} tokens on average{growth}. Chosen replies are "
-        "often longer than rejected ones, and length is the easiest thing to learn from them.\n"
-        "Compare rewards and win rates at equal length, look at the lengths in the data, or use a "
-        "length-normalised objective (for example simpo).",
-    )
-
-
-def _unfinished(evals: list[Row]) -> Alarm | None:
-    c = _moved(evals, "finished", "the share of finished samples")
-    if c.before - c.after <= UNFINISHED_DROP:
-        return None
-    return Alarm(
-        "unfinished",
-        "Samples no longer end",
-        f"{100 * c.before:.0f} % of samples ended with the end-of-sequence token at the start, now "
-        f"{100 * c.after:.0f} % do; the others were cut at the length limit, so their rewards mislead.\n"
-        "Check that completions in the data end with that token and are not truncated; then lower the "
-        "learning rate or raise the sampling limit.",
-    )
-
-
-def _skipped(train: list[Row]) -> Alarm | None:
-    counts = [row["skipped_steps"] for row in train if "skipped_steps" in row]
-    if not counts:
-        raise _Unchecked("no train row has skipped_steps")
-    if max(counts) <= 0:
-        return None
-    return Alarm(
-        "skipped_steps",
-        f"{_count(int(max(counts)), 'optimiser step')} skipped",
-        "A step is skipped when its gradient is not finite, so these batches taught nothing.\n"
-        "One or two early on are harmless. If there are more: lower the learning rate, add warm-up, use bf16 "
-        "or fp32 instead of fp16, and look for empty or extreme rows in the data.",
-    )
-
-
-def _non_finite(rows: list[dict]) -> Alarm | None:
-    losses = [row["loss"] for row in rows if "loss" in row and row.get("split") in ("train", "eval")]
-    if not losses:
-        raise _Unchecked("no loss was recorded")
-    bad = sum(finite(loss) is None for loss in losses)
-    return None if not bad else Alarm(
-        "non_finite_loss",
-        "The loss was not a number",
-        f"{bad} of {len(losses)} recorded losses are NaN, infinite or null; the curves leave them out.\n"
-        "Lower the learning rate, use bf16 or fp32 instead of fp16, and look for empty or extreme data rows.",
-    )  # fmt: skip
-
-
 # ---- the words and figures at the top ------------------------------------------------------------
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _cost(train: list[Row], evals: list[Row], status: dict) -> dict[str, float]:
@@ -441,11 +270,13 @@ def write_report(run_dir: Path) -> Path:
     rows = _read_lines(run_dir / "metrics.jsonl", problems)
     samples = _read_lines(run_dir / "samples.jsonl", problems)
     html = _render(config, manifest, status, rows, samples, problems)
+    if alarms(rows):  # they link to it; a copy beside the report goes where the folder goes
+        write_page(run_dir / GUIDE.name, GUIDE.read_text(encoding="utf-8"))
     return write_page(run_dir / "report.html", html)
 
 
 def _render(config: dict, manifest: dict, status: dict, rows: list, samples: list, problems: list) -> str:
-    checks = _checks(rows)
+    checks = checked(rows)
     return render(
         "page.html.j2",
         names={part: str(_dig(config, f"{part}.name") or f"unknown {part}") for part in PARTS},
@@ -456,6 +287,7 @@ def _render(config: dict, manifest: dict, status: dict, rows: list, samples: lis
         figures=figures(rows, status),
         groups=groups(tidy(rows, "train"), tidy(rows, "eval")),
         alarms=[found for _, found in checks if isinstance(found, Alarm)],
+        guide=GUIDE.name,
         clear=[name for name, found in checks if found is None],
         unchecked=[(name, found) for name, found in checks if isinstance(found, str)],
         samples=sample_cards(samples),

@@ -1,17 +1,33 @@
-"""The reward that a generated world is known to have."""
+"""The reward that a generated world is known to have, and which rewards a config asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from prefopt.config.schema import DataConfig, RewardConfig
+import torch
+
+from prefopt.config.schema import DataConfig, RewardConfig, TrustConfig
 from prefopt.data import bandit, tiny_feedback
+from prefopt.data.records import Example
 
-RewardFunction = Callable[[str, str], float]
+# One reward for each example's first completion, given its prompt.
+RewardFunction = Callable[[Sequence[Example]], list[float]]
+
+WORLDS = {"tiny_feedback": tiny_feedback.true_reward, "bandit": bandit.true_reward}
 
 
-def make_reward(cfg: RewardConfig, data: DataConfig) -> RewardFunction | None:
-    """`(prompt, completion) -> reward` in nats of Bradley-Terry, or None where `reward=none` or the data has no known reward."""
-    if cfg.kind == "none":
-        return None
-    return {"tiny_feedback": tiny_feedback.true_reward, "bandit": bandit.true_reward}.get(data.source)
+def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None = None, device: torch.device | str = "cpu",
+                 precision: str = "fp32") -> dict[str, RewardFunction]:
+    """Metric name -> function; empty where `reward=none` or nothing is known about the data.
+
+    `true_reward` is the known reward of a generated world, in nats of Bradley-Terry; `reward` is a learned one.
+    """
+    found: dict[str, RewardFunction] = {}
+    if cfg.kind != "none" and data.source in WORLDS:
+        known = WORLDS[data.source]
+        found["true_reward"] = lambda examples: [known(e.prompt_text, e.completions[0].text) for e in examples]
+    if cfg.kind == "model":
+        from prefopt.rewards.learned import LearnedReward
+
+        found["reward"] = LearnedReward(cfg.path, data, trust or TrustConfig(), torch.device(device), precision)
+    return found

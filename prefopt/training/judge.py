@@ -1,94 +1,247 @@
-"""Judging a policy on held-out data: loss and accuracy on pairs; true reward, win rate, KL and length on samples."""
+"""Judging a policy on held-out data: loss and accuracy on pairs; reward, win rate, KL and length on samples.
+
+What each number means and how its interval is made: docs/judging.md.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 from prefopt.config.schema import SamplerConfig
-from prefopt.data.batch import Row
-from prefopt.data.records import Example
+from prefopt.data.batch import MicroBatch, Row
+from prefopt.data.records import Completion, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.objectives.base import reduce_terms, total_weights
+from prefopt.objectives.base import Batch, unit_weight
 from prefopt.policies.reference import Provider
+from prefopt.report.calibration import calibration, compared
+from prefopt.report.estimators import by_prompt, distinct, interval, kendall, length_controlled, wins
 from prefopt.rewards.true_reward import RewardFunction
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.engine import Engine, quantities
-from prefopt.training.metrics import Averages, pair_metrics
 from prefopt.training.source import OfflineSource
 
-Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+COMPARABLE = ("pair", "ranking", "ranking_all")  # kinds of rows in which one completion is preferred to another
+REWARDS = ("true_reward", "reward")  # of samples
+# Measures in [0, 1], whose intervals stay there.
+SHARES = (
+    "accuracy", "ranking_accuracy", "ranking_accuracy_per_token", "reference_ranking_accuracy", "reference_ranking_accuracy_per_token",
+    "win_rate", "lc_win_rate", "finished", "distinct_2", "ece",
+)  # fmt: skip
+# Measures whose interval is written at every evaluation of a run; `prefopt eval` gives it for all of them.
+WITH_INTERVAL = ("accuracy", "ranking_accuracy", *REWARDS, "win_rate", "lc_win_rate", "kl")
+
+
+@dataclass
+class Judgement:
+    """Measures of a policy. Each is a vector with one value per prompt, whose mean is the measure (see report/estimators.py)."""
+
+    pairs: dict[str, np.ndarray] = field(default_factory=dict)  # over the prompts of the held-out rows
+    replies: dict[str, np.ndarray] = field(default_factory=dict)  # over the prompts that were sampled
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def measures(self) -> dict[str, np.ndarray]:
+        return self.pairs | self.replies
+
+    def row(self, with_interval: Sequence[str] | None = None) -> dict[str, float]:
+        """`name`, and for those in `with_interval` (None: all) `name_low` and `name_high`, the ends of the 95 % interval."""
+        out: dict[str, float] = {}
+        for name, values in self.measures.items():
+            found = interval(values, name in SHARES)
+            out[name] = found.mean
+            if (with_interval is None or name in with_interval) and math.isfinite(found.low):
+                out |= {f"{name}_low": found.low, f"{name}_high": found.high}
+        return out
 
 
 @dataclass
 class Judge:
-    """Everything an evaluation needs. `initial` scores tokens under the policy the run started from (None: KL is not measured)."""
+    """Everything an evaluation needs. `initial` scores tokens under the policy the run started from (None: KL is not measured);
+    an empty `baseline` means no win rates."""
 
     engine: Engine
     held_out: OfflineSource | None
     prompts: list[Example]
     sampler: SamplerConfig
     seed: int
-    reward: RewardFunction | None
+    rewards: dict[str, RewardFunction]  # metric name -> function
     initial: Provider | None
-    baseline: dict[int, float] | None = None  # reward of the initial policy's sample for each prompt
+    baseline: dict[int, dict[str, Any]] | None = None  # the initial policy's sample for each prompt
+    reference_judged: bool = False
+
+    @property
+    def main_reward(self) -> str | None:
+        """The reward that decides who wins: the known one if there is one."""
+        return next((name for name in REWARDS if name in self.rewards), next(iter(self.rewards), None))
 
     def __call__(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(metrics row, sample rows) of the policy as it stands."""
-        row: dict[str, Any] = {}
-        policy = self.engine.policy
+        judgement = self.measure(step)
+        return judgement.row(WITH_INTERVAL), judgement.samples
+
+    def measure(self, step: int) -> Judgement:
+        """Judges the policy as it stands. Its first samples become the baseline of win rates, unless there is one."""
+        out, policy = Judgement(), self.engine.policy
         was_training = policy.training
         policy.eval()
         try:
             with torch.no_grad():
                 if self.held_out is not None and self.held_out.rows:
-                    row |= self._pairs()
-                samples = self._sample(step) if self.prompts else []
+                    out.pairs = self._pairs()
+                if self.prompts and policy.quantity != "reward":  # a reward model writes nothing
+                    out.samples = self._sample(step)
         finally:
             policy.train(was_training)
-        if samples:
-            row |= self._describe(samples)
-        return row, samples
+        if out.samples:
+            if self.baseline is None and self.rewards:
+                self.baseline = {s["id"]: s for s in out.samples}
+            out.replies = self.describe(out.samples, self.baseline)
+        return out
 
-    def _pairs(self) -> dict[str, float]:
-        """Loss in the objective's own view, and pair metrics wherever the rows are pairs."""
-        source, engine = self.held_out, self.engine
-        micros = [m.to(engine.accelerator.device) for m in source.everything(source.view)]
-        everyone = gather_batches(join([engine.score(m, engine.policy) for m in micros]), engine.world)
-        whole = join(everyone)
-        loss, _ = reduce_terms(whole, engine.objective(whole), total_weights(engine.objective, whole))
-        row = {"loss": float(loss)}
-        if all(r.kind in ("pair", "ranking", "ranking_all") for r in source.rows):
-            averages = Averages()
-            if source.view == "pairs":
-                pair_metrics(engine.objective, whole, averages)
-                row |= averages.reduce(lambda x: x)
+    # ---- held-out rows ---------------------------------------------------------------------------
+
+    def _pairs(self) -> dict[str, np.ndarray]:
+        """Loss in the objective's own view; what the scores say of every two completions of which one is preferred."""
+        source, engine, out = self.held_out, self.engine, {}
+        whole, of = self._scored(source.view)
+        if engine.objective.view == source.view:  # groups are sampled while training; stored rows hold none
+            out["loss"] = self._loss(whole, of)
+        if not any(row.kind in COMPARABLE for row in source.rows):
+            return out
+        if source.view not in ("pairs", "unary"):
+            whole, of = self._scored("pairs")
+        scores = {"policy": (whole.scores["policy"].get("logp"), of), "rewards": (engine.objective.rewards(whole), of)}
+        if scores["policy"][0] is not None and not self.reference_judged:
+            self.reference_judged = True  # it does not change, so one row of metrics is enough
+            provider = self.initial or (None if engine.moving_reference else engine.reference)
+            if "reference" in whole.scores and not engine.moving_reference:
+                scores["reference"] = (whole.logp("reference"), of)
+            elif provider is not None:
+                again, of_again = self._scored("pairs", provider)
+                scores["reference"] = (again.logp(), of_again)
+        tables = {name: _by_row(values, rows) for name, (values, rows) in scores.items() if values is not None}
+        tables["tokens"] = _by_row(whole.lengths, of)
+        out |= self._preferences(tables)
+        if engine.policy.quantity == "reward":  # its differences are logits of Bradley-Terry, so they can be right or wrong
+            pairs, logits, labels = compared(source.rows, tables["rewards"])
+            prompts = [self._prompt(row) for row, _, _ in pairs]
+            out |= {name: by_prompt(values, prompts) for name, values in calibration(logits, labels).items()}
+        return out
+
+    @torch.no_grad()
+    def rewards_of_rows(self) -> dict[int, list[float]]:
+        """The objective's reward of every reply of the held-out rows: row -> one number for each reply."""
+        policy = self.engine.policy
+        was_training = policy.training
+        policy.eval()
+        try:
+            whole, of = self._scored("pairs")
+        finally:
+            policy.train(was_training)
+        return _by_row(self.engine.objective.rewards(whole), of)
+
+    def _scored(self, view: str, scorer: Provider | None = None) -> tuple[Batch, list[int]]:
+        """(all edges of all ranks with their scores, the row of each edge; -1: a filler). `scorer`: score under it, as `policy`."""
+        engine = self.engine
+        micros = [m.to(engine.accelerator.device) for m in self.held_out.everything(view)]
+        if scorer is None:
+            scored = [engine.score(m, engine.policy) for m in micros]
+        else:
+            scored = [replace(m.layout, scores={"policy": quantities(scorer(m), m.layout)}) for m in micros]
+        whole = join(gather_batches(join(scored), engine.world))
+        of = [row for m in micros for row in self._rows_of_edges(m, view)]
+        return whole, gather_object(of) if engine.world > 1 else of
+
+    def _rows_of_edges(self, micro: MicroBatch, view: str) -> list[int]:
+        if not micro.rows:
+            return [-1] * len(micro.layout.lengths)
+        return [number for number in micro.rows for _ in range(self.held_out.rows[number].cost(view)[0])]
+
+    def _loss(self, whole: Batch, of: Sequence[int]) -> np.ndarray:
+        """[G] the objective's loss, split over prompts. What couples a batch (KTO's KL estimate) is held at its value."""
+        total: np.ndarray | float = 0.0
+        row = torch.tensor(of)
+        for term in self.engine.objective(whole).terms:
+            if term.unit == "token":
+                view = whole.demonstrations or whole.pairs
+                edges = whole.token_edge[whole.tokens_of(view.chosen if view is whole.pairs else view.edge)]
             else:
-                for micro in source.everything("pairs"):
-                    if micro.rows:
-                        pair_metrics(engine.objective, engine.score(micro.to(engine.accelerator.device), engine.policy), averages)
-                row |= averages.reduce(engine.sum_over_ranks)
-        return row
+                edges = whole.pairs.chosen if term.unit == "pair" else whole.unary.edge
+            weights = unit_weight(whole, term).double().cpu().numpy()
+            if weights.sum() == 0:
+                continue
+            rows = row[edges.cpu()].tolist()
+            # Sorted, so that prompts come in the same order for every term and however the rows were split.
+            order = sorted(range(len(rows)), key=rows.__getitem__)
+            prompts = [self._prompt(rows[i]) for i in order]
+            total = total + term.weight * by_prompt(term.values.double().cpu().numpy()[order], prompts, weights[order])
+        return np.atleast_1d(total)
+
+    def _prompt(self, row: int) -> tuple[int, ...]:
+        return tuple(self.held_out.rows[row].tokens.prompt)
+
+    def _preferences(self, tables: Mapping[str, Mapping[int, list[float]]]) -> dict[str, np.ndarray]:
+        """Measures of completions of which one is preferred; a soft label below one half prefers the second, one half prefers none."""
+        pairs: list[tuple[int, int, int]] = []  # (row, preferred completion, other completion)
+        taus: dict[str, list[float]] = {}
+        tau_rows = []
+        for number, row in enumerate(self.held_out.rows):
+            pairs += [(number, a, b) for a, b in preferred(row)]
+            if row.kind == "ranking_all" and len(set(row.scores)) > 1:
+                tau_rows.append(number)
+                for scorer, name in (("rewards", "kendall_tau"), ("policy", "ranking_kendall_tau")):
+                    if scorer in tables:
+                        taus.setdefault(name, []).append(kendall(tables[scorer][number], row.scores))
+        if not pairs:
+            return {}
+        prompts = [self._prompt(number) for number, _, _ in pairs]
+
+        def sides(scorer: str, per_token: bool = False) -> tuple[np.ndarray, np.ndarray]:
+            table, tokens = tables[scorer], tables["tokens"]
+            found = [[table[r][i] / (tokens[r][i] if per_token else 1) for i in (a, b)] for r, a, b in pairs]
+            return tuple(np.array(found).T)
+
+        units: dict[str, np.ndarray] = {}
+        if "rewards" in tables:
+            chosen, rejected = sides("rewards")
+            units |= {"reward/chosen": chosen, "reward/rejected": rejected, "reward/margin": chosen - rejected}
+            units["accuracy"] = wins(chosen, rejected)
+        if "policy" in tables:
+            chosen, rejected = sides("policy")
+            units |= {"logp/chosen": chosen, "logp/rejected": rejected}
+        for scorer, prefix in (("policy", ""), ("reference", "reference_")):
+            if scorer in tables:
+                units[f"{prefix}ranking_accuracy"] = wins(*sides(scorer))
+                units[f"{prefix}ranking_accuracy_per_token"] = wins(*sides(scorer, per_token=True))
+        out = {name: by_prompt(values, prompts) for name, values in units.items()}
+        return out | {name: by_prompt(values, [self._prompt(r) for r in tau_rows]) for name, values in taus.items()}
+
+    # ---- samples ---------------------------------------------------------------------------------
 
     def _sample(self, step: int) -> list[dict[str, Any]]:
-        """One reply per held-out prompt, with reward and log-ratio to the initial policy; the same seed at every step."""
+        """One reply per held-out prompt, with its rewards and its log-ratio to the initial policy; the same seed at every step."""
         engine, policy = self.engine, self.engine.policy
         rank, world = engine.accelerator.process_index, engine.world
         mine = list(range(rank, len(self.prompts), world))
         ids = [policy.prompt_ids(self.prompts[i].prompt, self.prompts[i].chat) for i in mine]
         replies = policy.generate(ids, self.sampler, self.seed * 1000 + rank) if mine else []
         log_ratios = self._log_ratios(ids, [r.ids for r in replies])
+        answered = [answer(self.prompts[i], reply.text) for i, reply in zip(mine, replies, strict=True)]
+        rewards = {name: reward(answered) for name, reward in self.rewards.items()} if mine else {}
         out = []
-        for i, reply, log_ratio in zip(mine, replies, log_ratios, strict=True):
-            prompt = self.prompts[i].prompt_text
+        for k, (i, reply, log_ratio) in enumerate(zip(mine, replies, log_ratios, strict=True)):
+            own = {name: values[k] for name, values in rewards.items()}
             out.append({
-                "step": step, "id": i, "prompt": prompt, "completion": reply.text, "tokens": len(reply.ids), "finished": reply.finished,
-                "reward": self.reward(prompt, reply.text) if self.reward else None, "log_ratio": log_ratio,
+                "step": step, "id": i, "prompt": self.prompts[i].prompt_text, "completion": reply.text, "tokens": len(reply.ids),
+                "finished": reply.finished, "reward": own.get(self.main_reward), "log_ratio": log_ratio,
+                **({"rewards": own} if len(own) > 1 else {}),
             })
         if world > 1:
             out = gather_object(out)
@@ -110,29 +263,44 @@ class Judge:
                 ratios[row] = value
         return ratios
 
-    def _describe(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "length": sum(s["tokens"] for s in samples) / len(samples),
-            "finished": sum(s["finished"] for s in samples) / len(samples),
-        }
-        if self.reward is not None:
-            if self.baseline is None:
-                self.baseline = {s["id"]: s["reward"] for s in samples}
-            rewards = [s["reward"] for s in samples]
-            wins = [0.5 * (1 + _sign(s["reward"] - self.baseline[s["id"]])) for s in samples]
-            row |= interval("true_reward", rewards) | interval("win_rate", wins)
+    def describe(self, samples: Sequence[dict[str, Any]], baseline: Mapping[int, dict[str, Any]] | None) -> dict[str, np.ndarray]:
+        """Measures of samples: one value per prompt. Win rates are against `baseline`'s sample for the same prompt, ties half."""
+        out = {"length": [s["tokens"] for s in samples], "finished": [float(s["finished"]) for s in samples]}
+        for name in self.rewards:
+            out[name] = [s["rewards"][name] if "rewards" in s else s["reward"] for s in samples]
+        if self.rewards and baseline:
+            theirs = [baseline[s["id"]] for s in samples]
+            out["win_rate"] = wins([s["reward"] for s in samples], [t["reward"] for t in theirs])
+            longer = np.array([s["tokens"] - t["tokens"] for s, t in zip(samples, theirs, strict=True)], dtype=float)
+            out["lc_win_rate"] = length_controlled(out["win_rate"], longer)
         if samples[0]["log_ratio"] is not None:
-            row |= interval("kl", [s["log_ratio"] for s in samples])
-        return row
+            out["kl"] = [s["log_ratio"] for s in samples]
+        out["distinct_2"] = distinct([s["completion"] for s in samples])
+        return {name: np.array(values, dtype=float) for name, values in out.items() if values is not None}
 
 
-def interval(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean with its 95 % interval (normal approximation) as `name`, `name_low`, `name_high`."""
-    n = len(values)
-    mean = sum(values) / n
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
-    return {name: mean, f"{name}_low": mean - Z95 * spread, f"{name}_high": mean + Z95 * spread}
+def answer(prompt: Example, text: str) -> Example:
+    """The prompt with this reply as its one completion: what reward functions take."""
+    reply = Completion([Message("assistant", [{"type": "text", "text": text}])])
+    return replace(prompt, completions=[reply], kind="demonstration", label=1.0, margin=0.0)
 
 
-def _sign(x: float) -> int:
-    return (x > 0) - (x < 0)
+def preferred(row: Row) -> list[tuple[int, int]]:
+    """(better, worse) completions of a row, by number. Completions that are the same after truncation are no pair of a ranking."""
+    if row.kind not in COMPARABLE:
+        return []
+    if row.kind == "ranking_all":
+        ids = [b.ids for b in row.tokens.branches]
+        every = [(i, j) for i in range(len(ids)) for j in range(len(ids))]
+        return [(i, j) for i, j in every if row.scores[i] > row.scores[j] and ids[i] != ids[j]]
+    last = len(row.tokens.branches) - 1
+    return [] if row.label == 0.5 else [(0, last) if row.label > 0.5 else (last, 0)]
+
+
+def _by_row(values: torch.Tensor, of: Sequence[int]) -> dict[int, list[float]]:
+    """row -> the values of its edges, in order (mismatched replies come after the row's own)."""
+    out: dict[int, list[float]] = {}
+    for row, value in zip(of, values.double().tolist(), strict=True):
+        if row >= 0:
+            out.setdefault(row, []).append(value)
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ import torch
 
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import RunFailed
-from prefopt.report.run_report import alarms, write_report
-from prefopt.tracking.tracker import read_jsonl
+from prefopt.report.alarms import alarms
+from prefopt.report.run_report import write_report
+from prefopt.tracking.tracker import JsonlTracker, read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.engine import learning_rate
 from prefopt.training.progress import Progress
-from prefopt.training.rundir import read_status, write_status
+from prefopt.training.rundir import manifest, read_status, write_atomic, write_status
 from prefopt.training.selfcheck import self_check
 from prefopt.training.setup import Run, make_accelerator, make_trackers, set_up
 from prefopt.training.signals import StopSignals
@@ -31,7 +33,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     step = log.resume()
     with StopSignals() as stop, log.ending():
         if step == 0 and cfg.train.self_check:
-            self_check(run.engine, run.source.step(0), cfg.hardware.precision, run.reference_is_initial)
+            log.checked(self_check(run.engine, run.source.step(0), cfg.hardware.precision, run.reference_is_initial))
         if log.evaluation_due(step) and not log.evaluated(step):
             log.evaluate(step)
         while step < run.total_steps:
@@ -57,8 +59,11 @@ class Log:
         self.tokens = self.skipped = self.skipped_in_a_row = 0
         self.window: list[tuple[float, int]] = []  # (time, tokens) of recent steps
         self.last: dict[str, Any] = {}
+        self.warned: set[str] = set()  # alarms that were said while the run goes on
         if run.main:
-            self.metrics, self.samples, self.wandb = make_trackers(run)
+            if not (run.folder / "manifest.json").exists():
+                write_atomic(run.folder / "manifest.json", json.dumps(manifest(run.cfg, run.about), indent=2, default=str))
+            self.metrics, self.samples = JsonlTracker(run.folder / "metrics.jsonl"), JsonlTracker(run.folder / "samples.jsonl")
             print(f"run: {run.folder}", file=sys.stderr)
 
     @property
@@ -74,6 +79,7 @@ class Log:
             step, self.before, self.tokens, self.skipped = state["step"], state["seconds"], state["tokens"], state["skipped"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
         if run.main:
+            self.trackers = make_trackers(run, step)
             # Rows beyond the checkpoint will be made again; a fresh start leaves none.
             self.metrics.truncate_after(step if step else -1)
             self.samples.truncate_after(step if step else -1)
@@ -81,8 +87,8 @@ class Log:
                 print(f"resuming after step {step} of {run.total_steps}", file=sys.stderr)
         if step:
             first = [s for s in read_jsonl(run.folder / "samples.jsonl") if s["step"] == 0]
-            if run.judge.reward and first:
-                run.judge.baseline = {s["id"]: s["reward"] for s in first}
+            if run.judge.rewards and first:
+                run.judge.baseline = {s["id"]: s for s in first}
         self.progress = Progress(run.total_steps, step, run.main)
         self.began = time.monotonic()
         self.status("running", step)
@@ -97,7 +103,8 @@ class Log:
         row = {
             "step": step, "seconds": self.seconds, "split": "train", "loss": result.loss, "grad_norm": result.grad_norm,
             "lr": learning_rate(step - 1, self.run.total_steps, self.cfg.optim), "tokens": self.tokens,
-            "tokens_per_second": sum(t for _, t in self.window[1:]) / span if span > 0 else None, **result.metrics,
+            "tokens_per_second": sum(t for _, t in self.window[1:]) / span if span > 0 else None,
+            **result.metrics, **self.run.source.metrics,
         }
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.skipped += result.skipped
@@ -135,6 +142,25 @@ class Log:
             self.write(self.last)
             for sample in samples:
                 self.samples.log(sample)
+            self.warn(step)
+            table = sample_table(self.run.folder) if self.trackers and samples else []
+            images = [(row["prompt"], row["after"]) for row in table if isinstance(row["after"], Path)]
+            for tracker in self.trackers:
+                tracker.log_samples(table)
+                tracker.log_images(step, images)
+
+    def checked(self, measured: dict[str, float]) -> None:
+        """Writes what the self-check measured before the first step, for the alarms."""
+        if self.run.main:
+            self.metrics.log({"step": 0, "seconds": self.seconds, "split": "check", **measured})
+
+    def warn(self, step: int) -> None:
+        """One line per alarm, once, at the evaluation that shows it; `close` explains those that last."""
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress line is not ended
+        for alarm in alarms(read_jsonl(self.run.folder / "metrics.jsonl")):
+            if alarm.name not in self.warned:
+                print(f"{clear}ALARM after step {step}: {alarm.title} ({alarm.link})", file=sys.stderr, flush=True)
+            self.warned.add(alarm.name)
 
     def save(self, step: int) -> None:
         if self.run.main and self.skipped_in_a_row == 0:
@@ -173,14 +199,13 @@ class Log:
             return
         self.status(state, step, message)
         report = write_report(self.run.folder)
-        if self.wandb:
-            self.wandb.log_samples(sample_table(self.run.folder))
-            self.wandb.log_report(report)
-            self.wandb.close()
+        for tracker in self.trackers:
+            tracker.log_report(report)
+            tracker.close(state)
         self.metrics.close()
         self.samples.close()
         for alarm in alarms(read_jsonl(self.run.folder / "metrics.jsonl")):
-            print(f"ALARM {alarm.title}: {alarm.explanation}", file=sys.stderr)
+            print(f"ALARM {alarm.title}: {alarm.explanation}\nSee {alarm.link}", file=sys.stderr)
         if state == "stopped":
             print(f"after step {step}: {message} (with hydra.run.dir={self.run.folder})", file=sys.stderr)
         print(f"report: {report}", file=sys.stderr)
@@ -191,8 +216,8 @@ class Log:
 
     def write(self, row: dict[str, Any]) -> None:
         self.metrics.log(row)
-        if self.wandb:
-            self.wandb.log(row)
+        for tracker in self.trackers:
+            tracker.log(row)
 
 
 def any_rank(run: Run, flag: bool) -> bool:
@@ -201,11 +226,13 @@ def any_rank(run: Run, flag: bool) -> bool:
 
 
 def sample_table(folder: Path) -> list[dict[str, Any]]:
-    """Samples of the last evaluation beside those of step 0, for trackers that show tables."""
+    """Samples of the last evaluation beside those of step 0, for trackers. A sample is a text, or a `Path` for a row that names an
+    `image` (a file in the run folder)."""
     rows = read_jsonl(folder / "samples.jsonl")
-    first = {r["id"]: r["completion"] for r in rows if r["step"] == 0}
+    what = {(r["step"], r["id"]): folder / r["image"] if r.get("image") else r["completion"] for r in rows}
     last = max((r["step"] for r in rows), default=0)
     return [
-        {"step": r["step"], "prompt": r["prompt"], "before": first.get(r["id"]), "after": r["completion"], "reward": r["reward"]}
+        {"id": r["id"], "step": last, "prompt": r["prompt"], "before": what.get((0, r["id"])), "after": what[last, r["id"]],
+         "reward": r["reward"]}
         for r in rows if r["step"] == last
     ]

@@ -52,13 +52,13 @@ def batch_metrics(objective: Objective, batch: Batch, terms: Terms, shares: Mapp
         for name, which in (("desirable", good), ("undesirable", ~good)):
             averages.add(f"reward/{name}", rewards[which])
             averages.add(f"logp/{name}", logp[which])
-    else:
+    elif batch.demonstrations is not None:
         averages.add("logp/demonstrations", batch.logp()[batch.demonstrations.edge])
 
 
 def pair_metrics(objective: Objective, batch: Batch, averages: Averages) -> None:
-    """Rewards, margin, accuracy and log-probs of pairs. A tie counts as half a win."""
-    pairs, rewards, logp = batch.pairs, objective.rewards(batch), batch.logp()
+    """Rewards, margin and accuracy of pairs, and log-probs where the policy has any (a reward model has none). A tie is half a win."""
+    pairs, rewards, logp = batch.pairs, objective.rewards(batch), batch.scores["policy"].get("logp")
     chosen, rejected = rewards[pairs.chosen], rewards[pairs.rejected]
     margin = chosen - rejected
     towards = torch.where(pairs.label >= 0.5, margin, -margin)  # a soft label below one half prefers the other side
@@ -66,5 +66,6 @@ def pair_metrics(objective: Objective, batch: Batch, averages: Averages) -> None
     averages.add("reward/rejected", rejected)
     averages.add("reward/margin", margin)
     averages.add("accuracy", 0.5 * (1 + torch.sign(towards)))
-    averages.add("logp/chosen", logp[pairs.chosen])
-    averages.add("logp/rejected", logp[pairs.rejected])
+    if logp is not None:
+        averages.add("logp/chosen", logp[pairs.chosen])
+        averages.add("logp/rejected", logp[pairs.rejected])

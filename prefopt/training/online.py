@@ -17,8 +17,8 @@ from prefopt.data.batch import MicroBatch, Row, derangement, step_rows
 from prefopt.data.dataset import Dataset
 from prefopt.data.records import Completion, Message
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.rewards.true_reward import RewardFunction
 from prefopt.errors import UserError
+from prefopt.rewards.true_reward import RewardFunction
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training.engine import Engine
 from prefopt.training.rundir import write_atomic

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -71,8 +72,11 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
 def release(folder: Path) -> None:
     """Takes back what a run that never began has written, so that a corrected command can have the folder."""
     if not (folder / "status.json").exists():
-        for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl"):
+        for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
+        for file in folder.glob("events.out.tfevents.*"):
+            file.unlink()
+        shutil.rmtree(folder / "wandb", ignore_errors=True)
 
 
 def plain_config(cfg: TrainConfig, algo_name: str) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "") -> None:
     """One small JSON file that says how far the run is."""
-    status = {"state": state, "step": step, "total_steps": total, "seconds": round(seconds, 3), "message": message}
+    status = {"state": state, "step": step, "total_steps": total, "seconds": round(seconds, 3), "message": redact(message)}
     write_atomic(folder / "status.json", json.dumps(status, indent=2))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,20 @@ import torch
 from accelerate import Accelerator
 
 from prefopt.config.schema import TrainConfig
-from prefopt.data.dataset import Dataset, check_use, make_dataset
+from prefopt.data.dataset import VIEW_OF_KIND, Dataset, check_use, make_dataset, make_prompts
 from prefopt.data.sources import Split, load_data
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
 from prefopt.policies.reference import make_reference
-from prefopt.rewards.true_reward import make_reward
-from prefopt.tracking.tracker import JsonlTracker
-from prefopt.tracking.wandb_tracker import make_wandb
+from prefopt.rewards.true_reward import make_rewards
+from prefopt.tracking.tracker import read_jsonl
+from prefopt.tracking.trackers import Guarded
+from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
-from prefopt.training.rundir import manifest, plain_config, write_atomic
+from prefopt.training.online import OnlineSource
+from prefopt.training.rundir import plain_config
 from prefopt.training.source import OfflineSource
 
 
@@ -35,7 +36,7 @@ class Run:
     cfg: TrainConfig
     folder: Path
     engine: Engine
-    source: OfflineSource
+    source: OfflineSource | OnlineSource
     judge: Judge
     held_out: Dataset
     total_steps: int
@@ -53,7 +54,7 @@ def make_objective(settings: dict[str, Any]) -> Objective:
     module, _, name = settings["_target_"].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     try:
-        return kind(**{k: v for k, v in settings.items() if k not in ("_target_", "name")})
+        return kind(**{k: v for k, v in settings.items() if k not in ("_target_", "name", "defaults")})
     except ValueError as error:
         raise UserError(f"algo: {error}") from error
 
@@ -75,34 +76,50 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     torch.manual_seed(cfg.seed)
     folder, objective = Path(cfg.run_dir), make_objective(cfg.algo)
     train_split, held_out_split = load_data(cfg.data)
-    for example in (*train_split.examples, *held_out_split.examples):
-        check_use(example, cfg.data, objective.view, objective.columns)  # before the model is loaded, which may take minutes
+    online = cfg.source.kind != "offline"
+    view = "pairs" if objective.view == "groups" else objective.view  # what held-out rows are judged as: they were not sampled
+    if not online:
+        for example in (*train_split.examples, *held_out_split.examples):
+            check_use(example, cfg.data, view, objective.columns)  # before the model is loaded, which may take minutes
     with accelerator.main_process_first():
-        policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed)
-    train = dataset(train_split, cfg, policy, objective)
-    held_out = dataset(held_out_split, cfg, policy, objective)
+        rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision)
+        quantity = "reward" if "reward" in objective.quantities["policy"] else "token_logp"
+        policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity)
+    as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
+    train, held_out = (
+        make_prompts(s, cfg.data, policy.prompt_ids) if as_prompts[s.name] else
+        make_dataset(s, cfg.data, policy.tokenise, view, objective.columns, objective.mismatched, cfg.seed)
+        for s in (train_split, held_out_split)
+    )
     if accelerator.is_main_process:
         say_rejected(train_split, held_out_split, train, held_out)
     if len(train.rows) < objective.min_batch:
         raise UserError(f"{len(train.rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
 
-    reference, how = (None, "none")
-    if "reference" in objective.quantities or cfg.evaluation.kl:
-        reference, how = make_reference(policy, cfg.reference.policy)
+    reference = start = None
+    moves = cfg.reference.refresh != "never"
+    kl = cfg.evaluation.kl and quantity != "reward"  # it is a measure of samples
+    if "reference" in objective.quantities or kl:
+        reference = make_reference(policy, cfg.reference.policy, moves)
     is_initial = cfg.reference.policy == "initial" or not cfg.model.lora.adapter
-    start = None
-    if cfg.evaluation.kl:  # KL is to the policy the run started from, whatever the objective's reference is
-        start = reference if is_initial else make_reference(policy, "initial")[0]
-    engine = Engine(policy, objective, reference, cfg.optim, accelerator)
+    if kl:  # KL is to the policy the run started from, whatever the objective's reference is
+        start = reference if is_initial and not moves else make_reference(policy, "initial", name="start")
+    engine = Engine(policy, objective, reference, cfg.optim, accelerator, moves)
     make = dict(view=objective.view, budget=cfg.train.micro_batch_tokens, pad=policy.pad, soft_labels="label" in objective.columns,
                 seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes)
-    source = OfflineSource(train.rows, batch_size=cfg.train.batch_size, **make)
-    held_out_source = OfflineSource(held_out.rows, batch_size=max(len(held_out.rows), 1), **make) if held_out.rows else None
+    source = OfflineSource([] if online else train.rows, batch_size=cfg.train.batch_size, **make)
+    if online:
+        source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,
+                              folder, source)
+    held_out_source = None
+    if held_out.rows and not as_prompts["eval"]:
+        held_out_source = OfflineSource(held_out.rows, batch_size=len(held_out.rows), **{**make, "view": view})
     judge = Judge(engine, held_out_source, unique_prompts(held_out, cfg.evaluation.prompts), cfg.sampler, cfg.seed,
-                  make_reward(cfg.reward, cfg.data), start)
+                  rewards, start)
     about = {
         "device": str(accelerator.device), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-        "precision": cfg.hardware.precision, "reference": how, "model": policy.source,
+        "precision": cfg.hardware.precision, "reference": reference.how if reference else "none", "model": policy.source,
+        "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in rewards.items()},
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "tokenizer_sha256": policy.tokeniser.digest() if hasattr(policy, "tokeniser") else None,
@@ -112,17 +129,15 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     return Run(cfg, folder, engine, source, judge, held_out, cfg.train.steps or source.steps(cfg.train.epochs), is_initial, about)
 
 
-def dataset(split: Split, cfg: TrainConfig, policy: Any, objective: Objective) -> Dataset:
-    """Tokenised rows of a split for this objective."""
-    return make_dataset(split, cfg.data, policy.tokenise, objective.view, objective.columns, objective.mismatched, cfg.seed)
-
-
 def say_rejected(*parts: Split | Dataset) -> None:
     """Nothing is left out or cut without a word."""
     for split, data in zip(parts[:2], parts[2:], strict=True):
         if split.rejected:
             shown = "; ".join(f"{r.origin}: {r.reason}" for r in split.rejected[:3]) + ("; ..." if len(split.rejected) > 3 else "")
             print(f"data: {len(split.rejected)} {split.name} rows left out ({shown})", file=sys.stderr)
+        if split.no_preference:
+            shown = "; ".join(f"{count} {reason}" for reason, count in split.no_preference.most_common())
+            print(f"data: {split.no_preference.total()} {split.name} rows prefer nothing and are left out ({shown})", file=sys.stderr)
         for what in ("truncated_prompts", "truncated_completions", "undesirable_left_out"):
             if data.stats.get(what):
                 print(f"data: {data.stats[what]} {split.name} {what.replace('_', ' ')}", file=sys.stderr)
@@ -138,12 +153,17 @@ def unique_prompts(data: Dataset, count: int) -> list:
     return list(found.values())
 
 
-def make_trackers(run: Run) -> tuple[JsonlTracker, JsonlTracker, Any]:
-    """(metrics, samples, W&B or None) of the main process."""
-    cfg = run.cfg
+def make_trackers(run: Run, step: int) -> list[Guarded]:
+    """The trackers of the main process, of a run that goes on after `step`. metrics.jsonl still holds what an earlier start has logged."""
+    cfg, trackers = run.cfg, []
     config = plain_config(cfg, cfg.algo["name"])
-    if not (run.folder / "manifest.json").exists():
-        write_atomic(run.folder / "manifest.json", json.dumps(manifest(cfg, run.about), indent=2, default=str))
-    sweep = run.folder.parent.name if (run.folder.parent / "sweep.json").exists() else None
-    wandb = make_wandb(cfg.tracker, run.folder, config, cfg.tracker.group or sweep, run.folder.name)
-    return JsonlTracker(run.folder / "metrics.jsonl"), JsonlTracker(run.folder / "samples.jsonl"), wandb
+    folder = run.folder.resolve()
+    sweep = next((p.name for p in folder.parents if (p / "sweep.json").exists()), None)
+    rows = read_jsonl(folder / "metrics.jsonl")
+    if wandb := make_wandb(cfg.tracker, folder, config, cfg.tracker.group or sweep, folder.name, wandb_labels(config), rows):
+        trackers.append(Guarded(wandb))
+    if cfg.tracker.tensorboard:
+        from prefopt.tracking.tensorboard_tracker import TensorboardTracker
+
+        trackers.append(Guarded(TensorboardTracker(folder, config, step)))
+    return trackers

@@ -1,10 +1,11 @@
-"""Every hub model's config, with a small random model of that architecture in place of the weights; and W&B on a real run."""
+"""Hub models' configs, with a small random model of their architecture in place of the weights; and W&B on a real run."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from prefopt.cli import main
@@ -16,6 +17,27 @@ from tests.toy_runs import train
 from tests.wandb_reader import records
 
 HUB_MODELS = [m for m in groups()["model"] if m not in ("bandit",) and not m.startswith("tiny-lm")]
+FAMILY = {  # beginning of a config's name -> (architecture, chat template of its instruct models)
+    "llama3": ("llama", "llama3"), "smollm2": ("llama", "chatml"), "mistral": ("mistral", "mistral"), "gemma2": ("gemma2", "gemma"),
+    "gemma3": ("gemma3", "gemma3"), "qwen2.5": ("qwen2", "system"), "qwen3": ("qwen3", "qwen3"),
+}
+# One of each family, base and instruct: sizes differ in hub id and learning rate only.
+TRAINED = [
+    "llama3-8b", "llama3-8b-lora", "llama3-8b-instruct", "smollm2-135m", "smollm2-135m-lora", "mistral-7b", "mistral-7b-instruct",
+    "gemma2-2b", "gemma2-2b-it", "gemma3-1b", "gemma3-1b-it", "qwen2.5-0.5b", "qwen2.5-0.5b-instruct", "qwen3-0.6b-base", "qwen3-0.6b",
+]
+
+
+def stand_in(model: str, folder):
+    """A small random model for the config `model`; a base model comes without a chat template."""
+    base = resolved_keys("model", model)["chat_template"].value != "null"
+    family, template = next(value for key, value in FAMILY.items() if model.startswith(key))
+    return toy.save_model(folder, family, None if base else template)
+
+
+def test_every_hub_model_has_a_family_that_is_trained_here():
+    trained = {next(f for f in FAMILY if m.startswith(f)) for m in TRAINED}
+    assert trained == set(FAMILY) and all(any(m.startswith(f) for f in FAMILY) for m in HUB_MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +49,11 @@ def pairs(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("model", HUB_MODELS)
-@pytest.mark.parametrize("algo", ["dpo", "simpo"])
-def test_hub_models_train_from_a_local_folder_of_their_architecture(model, algo, pairs, tmp_path):
-    # A base model comes without a chat template; its config must bring one.
-    base = resolved_keys("model", model)["chat_template"].value != "null"
-    folder = toy.save_model(tmp_path / "model", "llama", None if base else "chatml" if "smol" in model else "llama3")
+@pytest.mark.parametrize("model", TRAINED)
+def test_hub_models_train_from_a_local_folder_of_their_architecture(model, pairs, tmp_path):
+    folder = stand_in(model, tmp_path / "model")
     run = tmp_path / "run"
-    assert train(run, f"algo={algo}", f"model={model}", f"model.path={folder}", "data=jsonl", f"data.path={pairs}",
+    assert train(run, f"model={model}", f"model.path={folder}", "data=jsonl", f"data.path={pairs}",
                  "data.eval_fraction=0.25", "sampler.max_new_tokens=8") == 0
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["model"]["where"] == f"local folder {folder}"
@@ -45,6 +64,58 @@ def test_hub_models_train_from_a_local_folder_of_their_architecture(model, algo,
     else:
         assert (run / "model" / "config.json").is_file()
         assert manifest["trainable_parameters"] == manifest["parameters"]
+
+
+@pytest.mark.parametrize("model", ["mistral-7b-instruct", "gemma2-2b-it", "gemma3-1b-it", "qwen3-0.6b"])
+def test_an_adapter_goes_onto_any_model(model, pairs, tmp_path):
+    folder, run = stand_in(model, tmp_path / "model"), tmp_path / "run"
+    assert train(run, "algo=simpo", f"model={model}", "adapter=lora", f"model.path={folder}", "data=jsonl", f"data.path={pairs}",
+                 "data.eval_fraction=0.25", "sampler.max_new_tokens=8") == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["optim"]["lr"] == config["model"]["lora"]["learning_rate"] > 0
+    assert (run / "model" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_in_four_bits_trains_its_adapter(pairs, tmp_path, capsys):
+    """The real bitsandbytes, on the CPU."""
+    pytest.importorskip("bitsandbytes")
+    folder = toy.save_model(tmp_path / "model", "llama", "chatml", hidden_size=64, intermediate_size=128)
+    common = ["model=smollm2-135m", "adapter=qlora", f"model.path={folder}", "data=jsonl", f"data.path={pairs}", "data.eval_fraction=0.25",
+              "sampler.max_new_tokens=8", "optim.lr=0.01", "hardware.precision=bf16"]
+    run = tmp_path / "run"
+    assert train(run, *common) == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["reference"] == "adapter off" and manifest["trainable_parameters"] < manifest["parameters"]
+    weights = load_file(run / "model" / "adapter_model.safetensors")
+    assert any(w.abs().sum() > 0 for name, w in weights.items() if "lora_B" in name) and not any("quant" in name for name in weights)
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert rows[0]["reward/margin"] == 0 and all(r["loss"] == r["loss"] for r in rows if r["split"] == "train")
+    # The adapter goes onto the same base again, and a run can start from it.
+    assert train(tmp_path / "again", *common, f"model.lora.adapter={run / 'model'}") == 0
+    assert main(["eval", f"run={run}", "prompts=2"]) == 0
+
+
+def test_the_manifest_has_the_commits_that_model_and_data_resolved_to(pairs, tmp_path, monkeypatch):
+    """From a hub cache as the clients leave it, without a network."""
+    import datasets
+    import huggingface_hub
+
+    sha = {"model": "a" * 40, "data": "b" * 40}
+    repo = tmp_path / "hub" / "models--someone--model-x"
+    toy.save_model(repo / "snapshots" / sha["model"], "llama", "chatml")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(sha["model"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    table = datasets.Dataset.from_json(str(pairs), cache_dir=str(tmp_path / "data"))
+    table.info.download_checksums = {f"hf://datasets/someone/pairs@{sha['data']}/train.jsonl": {"num_bytes": 1}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, revision, name: {"train": table})
+    assert train(tmp_path / "run", "model=smollm2-135m", "model.path=someone/model-x", "data=ultrafeedback-cleaned",
+                 "data.path=someone/pairs", "data.eval_fraction=0.25", "sampler.max_new_tokens=8") == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["model"]["where"] == "hub someone/model-x" and manifest["model"]["revision"] == sha["model"]
+    assert manifest["data"]["train"]["revision"] == manifest["data"]["eval"]["revision"] == sha["data"]
 
 
 def test_the_saved_model_is_a_plain_transformers_folder_that_can_be_trained_on(pairs, tmp_path):
@@ -70,7 +141,7 @@ def test_wandb_offline_of_a_real_run_is_read_back(tmp_path, tiny_lm, monkeypatch
     rows = read_jsonl(run / "metrics.jsonl")
     assert logged(run, "train/loss") == pytest.approx([r["loss"] for r in rows if r["split"] == "train"])
     assert logged(run, "eval/true_reward") == pytest.approx([r["true_reward"] for r in rows if r["split"] == "eval"])
-    assert len(logged(run, "samples.path")) == len(logged(run, "report.path")) == 1
+    assert len(logged(run, "samples.path")) == len(logged(run, "eval/true_reward")) and len(logged(run, "report.path")) == 1
     secret = b"0123456789abcdef0123456789abcdef01234567"
     assert all(secret not in f.read_bytes() for f in run.rglob("*") if f.is_file())
 

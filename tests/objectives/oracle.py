@@ -101,6 +101,8 @@ def _rows(view) -> list[tuple]:
 
 
 def _pair(policy, reference, lengths, chosen, rejected, label, weight, margin) -> tuple[dict[str, float], float]:
+    if "reward" in policy:
+        return {"a": policy["reward"][chosen], "b": policy["reward"][rejected], "p": label, "m": margin}, weight
     names = {"nw": lengths[chosen], "nl": lengths[rejected], "p": label, "m": margin}
     names |= {"w": policy["logp"][chosen], "l": policy["logp"][rejected]}
     if "logp" in reference:

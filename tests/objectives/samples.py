@@ -20,7 +20,8 @@ from prefopt.objectives.base import Batch, Demonstrations, Groups, Objective, Pa
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = {path.stem: path for path in sorted((ROOT / "conf" / "algo").glob("*.yaml"))}
-NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t", "R", "G", "tokens"}  # what a golden number or a limit may pin
+# What a golden number or a limit may pin.
+NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t", "R", "G", "tokens", "a", "b"}
 
 
 def settings_of(slug: str) -> tuple[type[Objective], dict]:
@@ -81,7 +82,7 @@ def scored(objective: Objective, layout: Batch, tokens: dict[str, Tensor]) -> Ba
     for scorer, quantities in objective.quantities.items():
         token_logp = tokens[scorer]
         total = token_logp.new_zeros(layout.lengths.shape).index_add(0, layout.token_edge, token_logp)
-        made = {"logp": total, "token_logp": token_logp}
+        made = {"logp": total, "token_logp": token_logp, "reward": total}
         scores[scorer] = {quantity: made[quantity] for quantity in quantities}
     return replace(layout, scores=scores)
 
@@ -131,6 +132,7 @@ def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
     if objective.view == "groups":
         return _one_of_a_group(objective, names)
     get = {"p": 1, "m": 0, "nw": 1, "nl": 1, "n": 1, "d": 1, "z": 0, "w": 0, "l": 0, "y": 0, "rw": 0, "rl": 0, "r": 0} | names
+    get |= {"w": names.get("a", get["w"]), "l": names.get("b", get["l"])}  # a reward takes the place of the log-prob
     one, policy, reference = floats([1]), [], []
     if objective.view == "pairs":
         edges = [(get["nw"], get["w"], get["rw"]), (get["nl"], get["l"], get["rl"])]
@@ -153,7 +155,8 @@ def _one_of_a_group(objective: Objective, names: dict[str, Any]) -> Batch:
     others = list(names["G"])
     others.remove(names["R"])
     count, tokens = 1 + len(others), [*names["tokens"], *([(0, 0, 0)] * len(others))]
-    groups = Groups(torch.arange(count), torch.zeros(count, dtype=torch.long), floats([names["R"], *others]), floats([1, *(0 for _ in others)]))
+    weight = floats([1, *(0 for _ in others)])
+    groups = Groups(torch.arange(count), torch.zeros(count, dtype=torch.long), floats([names["R"], *others]), weight)
     layout = layout_of([len(names["tokens"]), *(1 for _ in others)], groups=groups)
     scores = dict(zip(("policy", "previous", "reference"), map(floats, zip(*tokens, strict=True)), strict=True))
     return scored(objective, layout, {s: scores[s] for s in objective.quantities})
@@ -161,6 +164,8 @@ def _one_of_a_group(objective: Objective, names: dict[str, Any]) -> Batch:
 
 def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
     """Values for every name that a formula may use in this view."""
+    if objective.view == "pairs" and "reward" in objective.quantities["policy"]:
+        return {"a": rng.uniform(-3, 3), "b": rng.uniform(-3, 3), "p": rng.random(), "m": rng.uniform(-1, 2)}
     if objective.view == "pairs":
         nw, nl = rng.randint(1, 5), rng.randint(1, 5)
         logps = {k: -n * rng.uniform(0.05, 3) for k, n in (("w", nw), ("rw", nw), ("l", nl), ("rl", nl))}
@@ -168,7 +173,8 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
                         "m": rng.uniform(-1, 2) if "margin" in objective.columns else 0.0}
     if objective.view == "groups":
         rewards = [rng.uniform(-2, 2) for _ in range(rng.randint(2, 4))]
-        return {"R": rng.choice(rewards), "G": rewards, "tokens": [tuple(-rng.uniform(0.05, 3) for _ in range(3)) for _ in range(rng.randint(1, 5))]}
+        tokens = [tuple(-rng.uniform(0.05, 3) for _ in range(3)) for _ in range(rng.randint(1, 5))]
+        return {"R": rng.choice(rewards), "G": rewards, "tokens": tokens}
     if objective.view == "unary":
         n = rng.randint(1, 5)
         return {"n": n, "y": -n * rng.uniform(0.05, 3), "r": -n * rng.uniform(0.05, 3), "d": rng.randint(0, 1), "z": rng.uniform(0, 3)}
@@ -181,7 +187,7 @@ def with_derived(names: dict[str, float]) -> dict[str, float]:
         names = {"rw": 0, "rl": 0, "nw": 1, "nl": 1, "p": 1, "m": 0} | names
         names["h"] = (names["w"] - names["rw"]) - (names["l"] - names["rl"])
         names["t"] = names["w"] / names["nw"]
-    return names
+    return {"p": 1, "m": 0} | names if "a" in names else names
 
 
 def branch(rng: random.Random, prompt_only: int = 0) -> Branch:

@@ -102,6 +102,14 @@ def test_grpo_reaches_its_regularised_optimum(tmp_path):
     assert (got - torch.tensor(bandit.optimal_policy(1.0))).abs().sum(-1).max() / 2 > 0.05  # not the reverse-KL optimum
 
 
+def test_grpo_with_the_unbiased_penalty_reaches_the_tilted_reference(tmp_path):
+    source = SourceConfig("rollout", prompts=60, samples=16)
+    got = trained("grpo", source, tmp_path, 200, 0.05, beta=1.0, scale_rewards=False, unbiased_kl=True)
+    want = torch.tensor(bandit.optimal_policy(16 / 15), dtype=torch.float64)  # a reply is 1/16 of its own baseline
+    assert (got - want).abs().sum(-1).max() / 2 < 0.05
+    assert (got - grpo_optimum(1.0, 16)).abs().sum(-1).max() / 2 > 0.05
+
+
 @pytest.mark.parametrize("slug", ["online_dpo", "grpo"])
 def test_beats_offline_dpo_on_the_same_number_of_samples(slug, tmp_path):
     """Five seeds, 32 updates of 64 judged replies each; offline gets 32 pairs per update, drawn from the reference."""

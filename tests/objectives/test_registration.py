@@ -105,7 +105,7 @@ def test_declarations_are_known_ones(slug):
     objective = default(slug)
     assert objective.view in VIEWS and objective.coupling in ("local", "global")
     assert set(objective.columns) <= {"weight", "label", "margin"}
-    assert "policy" in objective.quantities and all(set(q) <= {"logp", "token_logp"} for q in objective.quantities.values())
+    assert "policy" in objective.quantities and all(set(q) <= {"logp", "token_logp", "reward"} for q in objective.quantities.values())
 
 
 def imported(path) -> set[str]:

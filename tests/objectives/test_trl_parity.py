@@ -17,8 +17,9 @@ from samples import scored  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from prefopt.objectives.base import Batch, Demonstrations, Pairs, Unary, reduce_terms, total_weights  # noqa: E402
+from prefopt.objectives.base import Batch, Demonstrations, Groups, Pairs, Unary, reduce_terms, total_weights  # noqa: E402
 from prefopt.objectives.pairwise import DPO, IPO  # noqa: E402
+from prefopt.objectives.policy_gradient import GRPO  # noqa: E402
 from prefopt.objectives.reference_free import CPO, ORPO, SimPO, SLiC  # noqa: E402
 from prefopt.objectives.unary import KTO, SFT  # noqa: E402
 
@@ -301,3 +302,56 @@ def test_sft(tmp_path):
     view = {"demonstrations": Demonstrations(torch.arange(3), torch.ones(3))}
     assert [int(trained.sum()) for _, trained in edges] == [5, 3, 3], "the replies and their ends are trained, the prompts are not"
     assert_same(run(made, inputs), ours_on(SFT(), model, edges, **view))
+
+
+@pytest.mark.parametrize(("beta", "scaled", "unbiased"), [(0.0, True, False), (0.1, True, False), (0.1, False, False), (0.1, True, True)])
+def test_grpo(tmp_path, beta, scaled, unbiased):
+    """On replies that an older policy wrote; rewards go in on our side, the advantages made of them in TRL's words on theirs."""
+    policy, ours, older, reference = llama(0), llama(0), llama(3), llama(4)
+    made = trl.GRPOTrainer(
+        model=policy, reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=tokenizer(),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "the cat"}, {"prompt": "one"}]),
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
+            save_strategy="no", per_device_train_batch_size=6, num_generations=3, max_completion_length=8, beta=0.0, loss_type="grpo",
+            temperature=1.0, use_bias_correction_kl=unbiased, disable_tqdm=True,
+        ),
+    )
+    made.current_gradient_accumulation_steps = 1
+    made.beta = beta  # set here because it would load a reference from a hub id; the reference's scores are in the inputs
+    prompts, replies = [[3, 10], [6]], [[11, 12, 1], [13, 1], [14, 15, 4, 5, 1], [16, 1], [17, 3, 4, 1], [5, 6, 7]]
+    begun = [prompts[i // 3] for i in range(6)]
+    edges = [(torch.tensor(p + r), torch.tensor([False] * len(p) + [True] * len(r))) for p, r in zip(begun, replies, strict=True)]
+    rewards = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, 2.0])
+    grouped = rewards.view(2, 3)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    advantages = (centred / (grouped.std(1, keepdim=True) + 1e-4) if scaled else centred).flatten()
+    with torch.no_grad():
+        old, ref = token_logps(older, edges), token_logps(reference, edges)
+
+    def padded(rows, side):
+        width = max(map(len, rows))
+        missing = [width - len(r) for r in rows]
+        return torch.stack([torch.nn.functional.pad(r, (m, 0) if side == "left" else (0, m)) for r, m in zip(rows, missing, strict=True)])
+
+    left = [ids[~trained] for ids, trained in edges]
+    right = [ids[trained] for ids, trained in edges]
+    inputs = {
+        "prompt_ids": padded(left, "left"), "prompt_mask": padded([torch.ones_like(r) for r in left], "left"),
+        "completion_ids": padded(right, "right"), "completion_mask": padded([torch.ones_like(r) for r in right], "right"),
+        "advantages": advantages, "old_per_token_logps": padded(old, "right"), "ref_per_token_logps": padded(ref, "right"),
+    }
+    made.model.zero_grad()
+    made.model.train()
+    theirs = made._compute_loss(made.model, inputs)
+    theirs.backward()
+    policy = token_logps(ours, edges)
+    lengths = torch.tensor([len(p) for p in policy])
+    groups = Groups(torch.arange(6), torch.tensor([0, 0, 0, 3, 3, 3]), rewards, torch.ones(6))
+    layout = Batch(lengths, torch.repeat_interleave(torch.arange(6), lengths), {}, groups=groups)
+    objective = GRPO(beta=beta, epsilon=0.2, scale_rewards=scaled, unbiased_kl=unbiased)
+    batch = scored(objective, layout, {"policy": torch.cat(policy), "previous": torch.cat(old), "reference": torch.cat(ref)})
+    loss, _ = reduce_terms(batch, objective(batch), total_weights(objective, layout))
+    loss.backward()
+    results = [(x.item(), {n: p.grad for n, p in model.named_parameters()}) for x, model in ((theirs, made.model), (loss, ours))]
+    assert_same(*results)

@@ -25,6 +25,8 @@ VOCABULARY = 13
 class TinyPolicy(nn.Module):
     """A bigram model with context averaging: enough to have every edge's score depend on shared weights."""
 
+    quantity = "token_logp"
+
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -41,6 +43,17 @@ class TinyPolicy(nn.Module):
 
     def trainable(self):
         return dict(self.named_parameters())
+
+
+class TinyReward(TinyPolicy):
+    """The same as a reward model: one number, read off the last token."""
+
+    quantity = "reward"
+
+    def forward(self, micro):
+        hidden = self.embed[micro.input_ids] * micro.attention[..., None]
+        last = micro.attention.sum(1)
+        return ((hidden.sum(1) / last[:, None]).tanh() @ self.head)[:, 0]
 
 
 def make_rows(count: int, seed: int = 0) -> list[Row]:
@@ -62,7 +75,8 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
 
 def engine_of(objective, accelerator, seed: int = 0) -> Engine:
     reference = TinyPolicy(seed + 1).requires_grad_(False)
-    return Engine(TinyPolicy(seed), objective, lambda m: reference(m), OptimConfig(lr=1e-2, max_grad_norm=1e9), accelerator)
+    policy = TinyReward(seed) if "reward" in objective.quantities["policy"] else TinyPolicy(seed)
+    return Engine(policy, objective, lambda m: reference(m), OptimConfig(lr=1e-2, max_grad_norm=1e9), accelerator)
 
 
 def rows_for(objective, count: int) -> list[Row]:

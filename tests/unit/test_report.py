@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 from prefopt.errors import UserError
-from prefopt.report import run_report as limits
+from prefopt.report import alarms as limits
+from prefopt.report import run_report
+from prefopt.report.alarms import GUIDE, alarms
 from prefopt.report.plots import Series, chart, compact, duration, number, smooth, thin, tidy
-from prefopt.report.run_report import alarms, difference_interval, sample_cards, verdict, write_report
+from prefopt.report.run_report import difference_interval, sample_cards, verdict, write_report
 
 FILES = ["config.yaml", "manifest.json", "status.json", "metrics.jsonl", "samples.jsonl"]
 WORDS = "the small red fox sleeps under a quiet bridge while two grey herons walk slowly home".split()
@@ -166,7 +168,7 @@ def test_the_page_needs_nothing_from_outside(run):
             assert name not in ("src", "srcset", "action", "data", "xlink:href", "style"), (tag, name)
             assert not name.startswith("on"), (tag, name)
             if name == "href":
-                assert value.startswith("#"), value
+                assert value.startswith("#"), value  # this run has no alarm; alarms link to a file beside the report
     assert not re.search(r"https?://|url\(|@import", html)
     assert "default-src 'none'" in html, "the browser itself refuses to load anything"
 
@@ -378,6 +380,10 @@ FIRES = [
     ("unfinished", two_evals(finished=(0.98, 0.70))),
     ("non_finite_loss", train_rows("loss", [0.7, None, 0.6])),
     ("non_finite_loss", train_rows("loss", [0.7, float("nan")])),
+    ("wrong_reference", [{"step": 0, "split": "check", "loss": 0.6, "theory": 0.693, "policy_minus_reference": 2.0}]),
+    ("wrong_reference", two_evals(kl=(0.5, 0.9))),  # without the self-check
+    ("collapse", two_evals(kl=(0.0, 21.0), length=(20.0, 20.0))),
+    ("collapse", two_evals(loss=(0.69, 0.75)) + train_rows("loss", [0.69, 0.9, 0.8])),
 ]
 
 QUIET = [
@@ -399,6 +405,12 @@ QUIET = [
     two_evals(finished=(0.2, 0.9)),
     train_rows("loss", [0.7, 0.6]),
     two_evals(logp__chosen=(-9.0, -90.0), logp__rejected=(-9.0, -99.0))[:1],  # no second evaluation
+    [{"step": 0, "split": "check", "loss": 0.693, "theory": 0.693, "policy_minus_reference": 0.02}],  # rounding in bf16
+    [{"step": 0, "split": "check", "loss": 1.35}],  # an objective without a reference
+    two_evals(kl=(0.0, 19.0), length=(20.0, 20.0)),
+    two_evals(kl=(0.0, 3.0), length=(2.0, 2.0)),  # answers of a word or two
+    two_evals(loss=(0.69, 0.75)) + train_rows("loss", [0.69, 0.6, 0.3]),  # overfitting
+    two_evals(loss=(0.0, 0.2)) + train_rows("loss", [0.0, 0.2, 0.3]),  # a policy gradient's loss
 ]
 
 
@@ -433,8 +445,10 @@ def test_alarms_show_in_the_banner_and_the_section(run, tmp_path):
         return row | ({"length": 18 + row["step"] / 20} if "length" in row else {})
 
     seen = Tags(page(with_rows(run, tmp_path, displace)))
-    links = {attributes["href"][1:] for _, attributes in seen.tags if "href" in attributes}
-    assert links == {"alarms"} <= {attributes.get("id") for _, attributes in seen.tags}
+    links = [attributes["href"] for _, attributes in seen.tags if "href" in attributes]
+    assert links == ["#alarms", "reading-your-run.html#likelihood-displacement", "reading-your-run.html#length-exploitation"]
+    assert "alarms" in {attributes.get("id") for _, attributes in seen.tags}
+    assert (tmp_path / "edited" / "reading-your-run.html").read_bytes() == GUIDE.read_bytes(), "links lead to a file in the run folder"
     assert "2 alarms: Chosen replies became less likely; replies grew much longer" in seen.text
     assert "fell by 10.0 nats, that of rejected ones by 20.0. Any margin grew only because" in seen.text
 
@@ -442,7 +456,7 @@ def test_alarms_show_in_the_banner_and_the_section(run, tmp_path):
 def test_samples_are_in_order_and_the_extremes_are_the_extremes(run):
     rows = read_lines(run / "samples.jsonl")
     cards = sample_cards(rows)
-    assert [card["id"] for card in cards["cards"]] == list(range(limits.FIRST_SAMPLES))
+    assert [card["id"] for card in cards["cards"]] == list(range(run_report.FIRST_SAMPLES))
     gain = {row["id"]: -row["reward"] for row in rows if row["step"] == 0}
     for row in rows:
         if row["step"] == 200:
@@ -452,7 +466,7 @@ def test_samples_are_in_order_and_the_extremes_are_the_extremes(run):
         ("Largest loss", min(gain, key=gain.get)),
     ]
     unrated = sample_cards([row | {"reward": None} for row in rows])
-    assert len(unrated["cards"]) == limits.FIRST_SAMPLES and not unrated["extremes"]
+    assert len(unrated["cards"]) == run_report.FIRST_SAMPLES and not unrated["extremes"]
 
 
 def test_numbers_as_text():

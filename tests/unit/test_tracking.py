@@ -11,7 +11,8 @@ import pytest
 from prefopt.errors import UserError
 from prefopt.tracking.redact import REDACTED, is_secret_name, redact
 from prefopt.tracking.tracker import JsonlTracker, read_jsonl
-from prefopt.tracking.wandb_tracker import make_wandb
+from prefopt.tracking.trackers import Guarded, check_trackers
+from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
 
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
 HF = "hf_" + "AbCdEfGhIj" * 3
@@ -137,22 +138,16 @@ def wandb_env(tmp_path, monkeypatch):
 
 
 def settings(mode, **changes):
-    return SimpleNamespace(**{"mode": mode, "project": "p", "entity": None, "init_timeout": 5.0, **changes})
+    return SimpleNamespace(**{"mode": mode, "project": "p", "entity": None, "init_timeout": 5.0, "tensorboard": False, **changes})
 
 
 def history(run_dir):
     """The rows of all segments of the run, in the order they were written."""
     import wandb
-    from wandb_reader import records
+    from wandb_reader import history
 
     wandb.teardown()  # waits for the client's process, which writes the end of a file after finish() returns
-    rows = []
-    for file in sorted(run_dir.glob("wandb/*/*.wandb"), key=lambda f: f.stat().st_mtime_ns):
-        for record in records(file):
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-    return rows
+    return [row for file in sorted(run_dir.glob("wandb/*/*.wandb"), key=lambda f: f.stat().st_mtime_ns) for row in history(file)]
 
 
 def test_offline_run_is_written_and_read_back(wandb_env, monkeypatch, capfd):
@@ -171,10 +166,9 @@ def test_offline_run_is_written_and_read_back(wandb_env, monkeypatch, capfd):
     tracker.log({"step": 1, "loss": 0.7, "rewards/margin": 1.5, "note": "words stay local", "none": None})
     tracker.log({"step": 1, "split": "eval", "win_rate": 0.25})
     tracker.log({"step": 2, "loss": math.nan})
-    tracker.log_samples([{"step": 2, "prompt": "p?", "before": "a", "after": "b", "reward": 1.0}])
-    tracker.log({"step": 1, "loss": 9.0})  # behind: dropped without a word
+    tracker.log_samples([{"id": 0, "step": 2, "prompt": "p?", "before": "a", "after": "b", "reward": 1.0}])
     tracker.log_report(report)
-    tracker.close()
+    tracker.close("finished")
 
     rows = {r["_step"]: r for r in history(run_dir)}
     assert sorted(rows) == [1, 2] and all(r["step"] == s for s, r in rows.items())
@@ -212,25 +206,100 @@ def test_a_resumed_run_keeps_its_id_and_its_steps(wandb_env):
         for step in (first, first + 1):
             tracker.log({"step": step, "loss": float(step)})
         ids.append(tracker.run.id)
-        tracker.close()
+        tracker.close("finished")
     assert ids[0] == ids[1] == (wandb_env / "wandb_id.txt").read_text().strip()
     assert [r["_step"] for r in history(wandb_env)] == [1, 2, 3, 4]
     assert [r["train/loss"] for r in history(wandb_env)] == [1, 2, 3, 4]
 
 
-def test_a_dead_client_does_not_stop_the_run(wandb_env, monkeypatch, capsys):
-    tracker = make_wandb(settings("offline"), wandb_env, {}, group=None, name="n")
-    finish = tracker.run.finish
+def test_what_an_earlier_start_has_sent_is_not_sent_again_and_nothing_else_is_lost(wandb_env):
+    first = make_wandb(settings("offline"), wandb_env, {}, group=None, name="n")
+    sent = [{"step": step, "split": "train", "loss": float(step)} for step in (1, 2, 3)]
+    for row in sent:
+        first.log(row)
+    first.close("stopped")
+    tracker = make_wandb(settings("offline"), wandb_env, {}, group=None, name="n", rows=sent)
+    tracker.log({"step": 3, "loss": 9.0})  # a step that is made again
+    tracker.log({"step": 4, "loss": 4.0})
+    tracker.log({"step": 3, "split": "eval", "accuracy": 0.5})  # behind W&B's own step, but new
+    tracker.log({"step": 5, "loss": 5.0})
+    tracker.close("finished")
+    rows = history(wandb_env)
+    assert [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r] == [(s, s) for s in (1, 2, 3, 4, 5)]
+    assert [(r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r] == [(3, 0.5)]
+    assert [r["_step"] for r in rows] == sorted({r["_step"] for r in rows})
 
-    def dead(*args, **kwargs):
-        raise ConnectionResetError("gone")
 
-    monkeypatch.setattr(tracker.run, "log", dead)
+def test_rows_are_new_to_a_tracker_that_was_switched_on_later(wandb_env):
+    tracker = make_wandb(settings("offline"), wandb_env, {}, group=None, name="n", rows=[{"step": 1, "split": "train"}])
     tracker.log({"step": 1, "loss": 1.0})
-    tracker.log({"step": 2, "loss": 1.0})
-    tracker.close()
-    assert capsys.readouterr().err.count("W&B logging has stopped (ConnectionResetError gone)") == 1
-    finish()
+    tracker.close("finished")
+    assert [r["train/loss"] for r in history(wandb_env)] == [1]
+
+
+def test_images_are_shown_as_images(wandb_env, tmp_path):
+    from PIL import Image
+    from wandb_reader import artifact_files
+
+    paths = [tmp_path / "before.png", tmp_path / "after.png"]
+    for path, colour in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (8, 8), colour).save(path)
+    tracker = make_wandb(settings("offline"), wandb_env, {}, group=None, name="n")
+    tracker.log_samples([{"id": 0, "step": 3, "prompt": "p", "before": paths[0], "after": paths[1], "reward": 1.0}])
+    tracker.log_images(3, [("p", paths[1])])
+    tracker.close("finished")
+    (row,) = history(wandb_env)
+    files = tracker.folder / "files"
+    assert row["images.captions"] == ["p"] and row["step"] == 3
+    assert (files / row["images.filenames"][0]).read_bytes() == paths[1].read_bytes()
+    table = artifact_files(next(tracker.folder.glob("*.wandb")))
+    before, after = json.loads(table["samples.table.json"])["data"][0][2:4]
+    assert [table[image["path"]] for image in (before, after)] == [path.read_bytes() for path in paths]
+
+
+@pytest.mark.parametrize("at", ["log", "log_samples", "log_images", "log_report", "close"])
+def test_a_tracker_that_breaks_is_told_of_once_and_left_alone(at, capsys):
+    calls = []
+
+    class Breaking:
+        name, advice = "Somewhere", "Do this."
+
+        def __getattr__(self, what):
+            def call(*args):
+                calls.append(what)
+                if what == at:
+                    raise ConnectionResetError("gone, with token=abc")
+
+            return call
+
+    tracker = Guarded(Breaking())
+    for _ in range(2):
+        tracker.log({"step": 1})
+        tracker.log_samples([])
+        tracker.log_images(1, [])
+        tracker.log_report(Path("report.html"))
+        tracker.close("finished")
+    assert calls.count(at) == 1 and calls[-2:] == [at, "abandon"]
+    said = f"Somewhere logging has stopped (ConnectionResetError gone, with token={REDACTED}); metrics.jsonl is complete. Do this.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_labels_group_by_method_model_and_seed():
+    config = {"algo": {"name": "dpo"}, "model": {"name": "m" * 80}, "data": {"name": "d"}, "seed": 3}
+    labels = wandb_labels(config)
+    assert labels["job_type"] == "dpo" and labels["tags"][0] == "algo=dpo" and labels["tags"][2:] == ["data=d", "seed=3"]
+    assert all(len(tag) <= 64 for tag in labels["tags"])
+
+
+@pytest.mark.parametrize(("changes", "package"), [({"mode": "offline"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
+def test_a_missing_package_is_named_before_anything_is_loaded(changes, package, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
+    check_trackers(settings("off"))
+    with pytest.raises(UserError, match=f"the package '{package}' is not installed; pip install"):
+        check_trackers(settings(**{"mode": "off", **changes}))
 
 
 @pytest.mark.parametrize("key", [None, HEX40])
@@ -242,10 +311,10 @@ def test_online_goes_offline_without_key_or_server(wandb_env, monkeypatch, capfd
     monkeypatch.setattr("wandb.errors.term._isatty", lambda s: s is not None and s.name != os.devnull)
     tracker = make_wandb(settings("online", init_timeout=1.0), wandb_env, {"a": 1}, group=None, name="n")
     tracker.log({"step": 1, "loss": 0.5})
-    tracker.close()
+    tracker.close("finished")
     out = capfd.readouterr()
     assert out.out == "" and out.err.count("\n") == 1
-    assert f"wandb sync {tracker.folder}" in out.err
+    assert f"wandb sync {tracker.folder.parent}/*run-*-{tracker.run.id}" in out.err
     assert ("No API key" in out.err) == (key is None)
     assert tracker.url is None and [r["train/loss"] for r in history(wandb_env)] == [0.5]
     # The failed attempt leaves nothing behind, the key least of all.

@@ -1,0 +1,117 @@
+"""Reward models as policies: `forward(micro) -> [E]` one reward per edge, fp32. They write nothing and have no log-probs."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.config.schema import DataConfig, TrustConfig
+from prefopt.data.batch import MicroBatch
+from prefopt.errors import UserError
+from prefopt.policies.causal_lm import LanguageModel, _load_model
+from prefopt.policies.locate import Located
+from prefopt.policies.tabular import Table
+
+# Beside a saved reward model: what decides how a text is rendered for it, and what an adapter belongs to.
+CARD = "prefopt_reward.json"
+RENDERING = ("render", "max_prompt_tokens", "max_completion_tokens")
+
+
+class RewardModel(LanguageModel):
+    """A scalar head on the hidden state of the last token: AutoModelForSequenceClassification of transformers with one label.
+
+    A causal LM gets a fresh head, normal with standard deviation 1 / (d + 1) for hidden states of d numbers, so that rewards start near
+    0; a saved reward model brings its own. The head is computed in fp32, whatever the rest is computed in.
+    """
+
+    quantity = "reward"  # what `forward` returns
+    task = "SEQ_CLS"
+
+    def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+        with _quiet():  # transformers warns of the head that is missing; it is made here
+            model, missing = _load_model(located, self.cfg, trust, dtype, "AutoModelForSequenceClassification", num_labels=1)
+        head = getattr(model, "score", None)
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"{located.where}: {type(model).__name__} has no linear head named score on its last token, so it cannot be "
+                            "trained or used as a reward model; use a decoder-only language model")
+        if other := sorted(name for name in missing if not name.startswith("score.")):
+            raise UserError(f"{located.where} lacks weights ({', '.join(other[:3])}); it is no complete model")
+        if missing:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
+            head.weight.data = drawn
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
+        head.float()
+        return model
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        inner = self.model.get_base_model() if self.cfg.lora.enabled else self.model
+        with self.autocast():
+            hidden = inner.base_model(
+                input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False
+            ).last_hidden_state  # [E, T, d]
+        places = torch.arange(micro.attention.shape[1], device=hidden.device)
+        last = (places * micro.attention).argmax(-1)
+        state = hidden[torch.arange(len(last), device=hidden.device), last]
+        with torch.autocast(self.device.type, enabled=False):
+            return inner.score(state.float()).squeeze(-1)
+
+    def save(self, folder: Path) -> None:
+        """A plain folder for AutoModelForSequenceClassification, or a PEFT adapter folder, with tokenizer, chat template and card."""
+        if self.tokeniser.template is not None:
+            self.tokenizer.chat_template = self.tokeniser.template
+        # transformers finds the last token of a row by comparing with the padding token, wrong where replies end with that token; without
+        # a padding token it reads one row at a time, and rightly.
+        self.model.config.get_text_config().pad_token_id = None if self.pad in self.tokeniser.ends else self.pad
+        super().save(folder)
+        write_card(folder, {"model": asdict(self.cfg), "data": {key: getattr(self.tokeniser.cfg, key) for key in RENDERING}})
+
+
+class RewardTable(Table):
+    """reward(x, y) = rewards[x][y] in the bandit world; starts at 0."""
+
+    quantity = "reward"
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        nn.init.zeros_(self.logits)
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        return self.logits[micro.input_ids[:, 0], micro.input_ids[:, 1]]
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        write_card(folder, {"model": {"kind": "tabular"}, "data": {}})
+
+    def restore(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        from safetensors.torch import load_file
+
+        self.load_state_dict(load_file(str(folder / "model.safetensors")))
+
+
+def write_card(folder: Path, card: dict) -> None:
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def rendering(card: dict) -> DataConfig:
+    """How texts are rendered and cut for the reward model of this card: prompts lose their start, replies their end."""
+    return DataConfig(name="reward", source="files", on_long_prompt="keep_end", **{k: card["data"][k] for k in RENDERING if k in card["data"]})
+
+
+@contextmanager
+def _quiet():
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

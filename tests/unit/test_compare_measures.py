@@ -1,0 +1,85 @@
+"""The comparison of runs: length-controlled win rates, ranking accuracy, online runs, budgets, and what is said of rewards."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prefopt.report.compare_page import table
+from prefopt.report.compare_results import measure
+from prefopt.report.estimators import length_controlled
+from tests.unit.test_compare import edit, make_run
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    return make_run(tmp_path / "one", "dpo"), make_run(tmp_path / "two", "simpo", gain=1.5)
+
+
+def test_what_sampling_and_checkpointing_execute_is_counted(tmp_path):
+    """Two rounds of 64 replies of 10 and of 20 tokens, forward passes only; checkpointing runs each forward pass again."""
+    plain, online = make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)
+    edit(online, "metrics.jsonl", lambda row: row | (
+        {"samples": 64 if row["step"] < 75 else 128, "rollout/length": 10 if row["step"] < 75 else 20} if row["split"] == "train" else {}))
+    again = make_run(tmp_path / "c", seed=2, model__gradient_checkpointing=True)
+    runs = {run.name: run for run in measure([plain, online, again]).runs}
+    assert runs["a"].figure("flops") == 8000 * 100_000 and runs["c"].figure("flops") == 10_000 * 100_000
+    assert runs["b"].figure("flops") - runs["a"].figure("flops") == 2000 * (64 * 10 + 64 * 20)
+    assert runs["b"].figure("samples") == 128 and runs["a"].figure("samples") is None
+
+
+def test_online_runs_stand_beside_offline_ones_with_their_budgets(tmp_path):
+    runs = [make_run(tmp_path / "a", source={"kind": "offline", "samples": 2})]
+    for i, samples in enumerate((400, 800)):
+        runs.append(make_run(tmp_path / f"b{i}", source={"kind": "rounds", "samples": 2 + i}, gain=1.5))
+        edit(runs[-1], "metrics.jsonl", lambda r, n=samples / 100: r | ({"samples": n * r["step"]} if r["split"] == "train" else {}))
+    results = measure(runs)
+    assert sorted(m.label for m in results.methods) == ["dpo source=offline", "dpo source=rounds samples=2", "dpo source=rounds samples=3"]
+    text = table(results)
+    assert "sampled replies" in text and "Sampled replies: trained on stored replies, none were sampled to learn from." in text
+    assert "Some methods learnt from stored replies alone, others had up to 800 replies of their own judged: not an equal budget." in text
+    assert "The runs sampled different numbers of replies to learn from (400 to 800): not an equal budget." in text
+    assert "sampled replies" not in table(measure([runs[0], make_run(tmp_path / "c", "simpo", source={"kind": "offline", "samples": 2})]))
+
+
+def test_length_controlled_win_rates_are_those_of_the_estimator(pair):
+    longer = {}
+    edit(pair[0], "samples.jsonl", lambda row: row | {"tokens": row["tokens"] + (6 if row["step"] else 0)})
+    for row in map(json.loads, (pair[0] / "samples.jsonl").read_text().splitlines()):
+        longer.setdefault(row["step"], []).append((row["reward"], row["tokens"]))
+    (start, start_tokens), (end, end_tokens) = (np.array(longer[s], dtype=float).T for s in (0, 100))
+    wanted = length_controlled(0.5 * (1 + np.sign(end - start)), end_tokens - start_tokens).mean()
+    results = measure(pair)
+    method = next(i for i, m in enumerate(results.methods) if m.label == "dpo")
+    found = results.estimates[method]["lc_win_rate"]
+    assert found.mean == pytest.approx(wanted) and found.low < found.mean < found.high
+    edit(pair[0], "samples.jsonl", lambda row: row | {"tokens": row["tokens"] + (100 if row["step"] else 0)})
+    text = table(measure(pair))
+    assert "Length-controlled win rate: all replies are longer than the initial policy's, or all are shorter." in text
+
+
+def test_ranking_accuracy_has_a_column_where_it_was_measured(pair):
+    assert "ranking %" not in (text := table(measure(pair))) and "Ranking accuracy (the run reports no ranking accuracy)" in text
+    for run in pair:
+        edit(run, "metrics.jsonl", lambda row: row | ({"ranking_accuracy": 0.625} if row["split"] == "eval" else {}))
+    text = table(measure(pair))
+    assert "ranking %" in text and re.search(r"6[23] \[\d\d, \d\d\]", text)
+
+
+def test_different_numbers_of_seeds_are_said(tmp_path):
+    runs = [make_run(tmp_path / f"d{s}", seed=s) for s in range(3)] + [make_run(tmp_path / f"s{s}", "simpo", seed=s) for s in range(2)]
+    assert "Methods have different numbers of seeds (2 of simpo; 3 of dpo): how wide their intervals are" in table(measure(runs))
+
+
+def test_a_reward_models_opinion_is_no_true_reward(pair):
+    def renamed(row):
+        return {("reward" if k == "true_reward" else k): v for k, v in row.items()}
+
+    edit(pair[0], "metrics.jsonl", renamed)
+    assert "Some runs were judged by a known reward, others by a reward model" in table(measure(pair))
+    edit(pair[1], "metrics.jsonl", renamed)
+    assert "No true reward is known: what is called so here, and win rates, are a reward model's opinion" in table(measure(pair))
