@@ -74,7 +74,7 @@ def not_measured(judge: Judge, cfg: TrainConfig, after: Judgement) -> dict[str, 
             out["everything on samples"] = "no prompt was sampled (prompts=0, or there are no held-out prompts)"
         return out
     if not judge.rewards:
-        known = "reward=none" if cfg.reward.kind == "none" else "no reward is known for this data; a run made with reward=model has a learned one"
+        known = "reward=none" if cfg.reward.kind == "none" else "no reward is known for this data (reward=model brings one)"
         out["true reward, win rates"] = known
     elif "lc_win_rate" not in after.replies:
         out["length-controlled win rate"] = "all replies are longer than the initial policy's, or all are shorter"

@@ -33,7 +33,7 @@ class RewardModel(LanguageModel):
     task = "SEQ_CLS"
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
-        with _quiet():  # transformers warns of the head that is missing; it is made here
+        with _quiet(), torch.random.fork_rng(devices=[]):  # transformers draws the missing head unseeded, and warns; it is made here
             model, missing = _load_model(located, self.cfg, trust, dtype, "AutoModelForSequenceClassification", num_labels=1)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear):

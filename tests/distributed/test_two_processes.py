@@ -45,9 +45,11 @@ def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
             torch.testing.assert_close(two[slug]["grads"][name], grads[name], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("algo", ["dpo", "kto"])
+@pytest.mark.parametrize("algo", ["dpo", "kto", "grpo"])
 def test_a_run_on_two_processes_ends_where_one_process_ends(algo, tmp_path, tiny_lm):
     common = ["-m", "prefopt.cli", "train", f"algo={algo}", "debug=fast", "evaluation.prompts=8"]
+    if algo == "grpo":  # two rounds of two steps, sampled in chunks that the processes share
+        common += ["source.prompts=4", "source.samples=4", "source.epochs=2", "sampler.batch_size=8", "sampler.max_new_tokens=24"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for hardware, folder in (("cpu", "one"), ("2xcpu", "two")):
         done = subprocess.run([sys.executable, *common, f"hardware={hardware}", f"hydra.run.dir={tmp_path / folder}"], env=env, timeout=240,
@@ -56,6 +58,10 @@ def test_a_run_on_two_processes_ends_where_one_process_ends(algo, tmp_path, tiny
     one, two = (load_file(checkpoint.steps(tmp_path / f / "checkpoints")[-1] / "weights.safetensors") for f in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)
+    if algo == "grpo":
+        written = [[read_jsonl(p) for p in sorted((tmp_path / f / "rounds").iterdir())] for f in ("one", "two")]
+        assert [[s["ids"] for s in r] for r in written[0]] == [[s["ids"] for s in r] for r in written[1]]
+        return  # it has no loss on given rows
     losses = [[r["loss"] for r in read_jsonl(tmp_path / f / "metrics.jsonl") if r["split"] == "eval"] for f in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2

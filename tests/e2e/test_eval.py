@@ -111,7 +111,7 @@ def test_own_pairs_get_everything_that_needs_no_judge(tiny_lm, capsys, tmp_path)
     found, said = evaluate(capsys, f"run={run}")
     assert {"loss", "accuracy", "ranking_accuracy", "kl", "length", "finished", "distinct_2"} <= found["after"].keys()
     assert not {"true_reward", "win_rate", "lc_win_rate"} & found["after"].keys()
-    assert found["not_measured"] == {"true reward, win rates": "no reward is known for this data; a run made with reward=model has a learned one"}
+    assert found["not_measured"] == {"true reward, win rates": "no reward is known for this data (reward=model brings one)"}
     assert "not measured: true reward, win rates: no reward is known" in said
 
 

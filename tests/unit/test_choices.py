@@ -101,8 +101,8 @@ def test_four_bits_that_cannot_be_trained(overrides, reason):
 
 
 def test_four_bits_without_the_package_is_said_at_composition_and_at_loading(monkeypatch, tmp_path):
-    folder = save_model(tmp_path / "m")
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    folder, find = save_model(tmp_path / "m"), doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more))
     assert 'needs the package bitsandbytes; pip install "prefopt[qlora]"' in refusal("adapter=qlora")
     with pytest.raises(UserError, match="needs the package bitsandbytes"):
         policy(folder, lora={"enabled": True}, quantize="4bit")

@@ -81,9 +81,13 @@ def engine_of(objective, accelerator, seed: int = 0) -> Engine:
 
 def rows_for(objective, count: int) -> list[Row]:
     rows = make_rows(count)
-    if not objective.mismatched:
-        for row in rows:
+    rng = random.Random("judged")
+    for row in rows:
+        if not objective.mismatched:
             row.mismatched = None
+        if objective.view == "groups":
+            row.kind, row.scores = "group", [rng.random() for _ in row.tokens.branches]
+            row.stored = {"previous": [[-3 * rng.random() for _ in range(b.trained)] for b in row.tokens.branches]}
     return rows
 
 

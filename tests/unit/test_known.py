@@ -51,8 +51,9 @@ def pku(i, better, safer):
 
 
 def nectar(i, ranks=(3, 1, 2), prompt=None):
-    return {"prompt": prompt or f"\n\nHuman: question {i}\n\nAssistant: ", "turns": 1, "num_responses": len(ranks), "source": ["lmsys-chat-1m"],
-            "good_natured": True, "answers": [{"answer": f"answer {r}", "model": "m", "rank": r} for r in ranks]}
+    return {"prompt": prompt or f"\n\nHuman: question {i}\n\nAssistant: ", "turns": 1, "num_responses": len(ranks),
+            "source": ["lmsys-chat-1m"], "good_natured": True,
+            "answers": [{"answer": f"answer {r}", "model": "m", "rank": r} for r in ranks]}
 
 
 def ultrafeedback(i, scores):

@@ -50,7 +50,7 @@ SICK = {
 }
 # Sound settings. In some of these runs chosen replies did become less likely, and the alarm is right to say so.
 DISPLACED = ["dpo-default", "simpo"]
-QUIET = sorted(RUNS.keys() - SICK.keys() - {*DISPLACED, "length-simpo"})
+QUIET = sorted(RUNS.keys() - SICK.keys() - set(DISPLACED))
 
 
 @pytest.mark.parametrize(("run", "alarm"), SICK.items())
@@ -82,7 +82,7 @@ def test_sick_runs_are_what_the_page_says(run):
         assert first["step"] < best["step"] < last["step"] and last["true_reward"] < first["true_reward"] < best["true_reward"]
         assert last["reward/margin"] > best["reward/margin"]
     elif run == "wrong-reference":
-        assert first["kl"] == 0 and abs(first["reward/margin"]) > 0.1 and first["accuracy"] > 0.55
+        assert first["kl"] == 0 and first["reward/margin"] > 0.1 and first["accuracy"] > 0.55
     else:
         assert last["true_reward"] < first["true_reward"] - 2
 
