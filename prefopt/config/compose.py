@@ -41,6 +41,8 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     _ranges(out)
     if hasattr(out, "reward") and out.reward.path and out.reward.kind != "model":
         raise UserError(f"reward.path={out.reward.path} is read with reward=model only; add reward=model, or leave it out")
+    if hasattr(out, "reward") and out.reward.kind == "model" and not out.reward.path:
+        raise UserError("reward.path has no value, and reward=model needs one; give a run of algo=reward_bt, or a model: reward.path=...")
     if hasattr(out, "algo"):
         info = check_algo(out.algo, out.trust.packages, algo_name)
         out.algo = {"name": algo_name or info.name, **out.algo}

@@ -53,7 +53,8 @@ def text_run(request, tmp_path_factory, pairs_file) -> Path:
     """A reward model over a toy language model."""
     folder = tmp_path_factory.mktemp(request.param)
     extra = ("model=tiny-lm-lora", "model.lora.r=4") if request.param == "lora" else ("model=tiny-lm",)
-    words = ("algo=reward_bt", f"model.path={save_model(folder / 'base')}", "data=jsonl", f"data.path={pairs_file}", "optim.lr=0.01")
+    words = ("algo=reward_bt", f"model.path={save_model(folder / 'base')}", "data=jsonl", f"data.path={pairs_file}", "data.eval_fraction=0.3",
+             "optim.lr=0.01")
     assert train(folder / "rm", *extra, *words) == 0
     return folder / "rm"
 
@@ -96,7 +97,8 @@ def test_a_policy_learns_from_a_learned_reward(table, tmp_path, algo):
 def test_a_reward_model_with_its_own_tokenizer(text_run, pairs_file, tmp_path):
     """The policy has another tokenizer and template. What it says is rendered for the reward model as in the model's own training."""
     run, base = tmp_path / "run", save_model(tmp_path / "policy", "gpt2", template="zephyr", kind="pieces")
-    words = (f"model.path={base}", "data=jsonl", f"data.path={pairs_file}", "algo=online_dpo", "sampler.max_new_tokens=8", "source.prompts=4")
+    words = (f"model.path={base}", "data=jsonl", f"data.path={pairs_file}", "data.eval_fraction=0.3", "algo=online_dpo",
+             "sampler.max_new_tokens=8", "source.prompts=4")
     assert train(run, *words, "reward=model", f"reward.path={text_run}", "train.steps=2", "train.batch_size=4") == 0
     sample = read_jsonl(run / "samples.jsonl")[-1]
     assert sample["reward"] is not None

@@ -19,14 +19,15 @@ def logit(q: float) -> float:
 
 
 def test_by_hand():
-    found = measures([logit(0.8), logit(0.8), logit(0.4), 0.0], [1, 0, 0, 1])
-    assert found["log_loss"] == pytest.approx(-(math.log(0.8) + math.log(0.2) + math.log(0.6) + math.log(0.5)) / 4)
-    assert found["brier"] == pytest.approx((0.04 + 0.64 + 0.16 + 0.25) / 4)
-    # bins: 0.8 twice, right once (gap 0.3 each); 0.6 right (gap -0.4); a tie is right half of the time (gap 0)
-    assert found["ece"] == pytest.approx((2 * 0.3 + 0.4 + 0) / 4)
-    rows = reliability(np.array([logit(0.8), logit(0.8), logit(0.4), 0.0]), np.array([1, 0, 0, 1]))
+    logits, labels = [logit(0.82), logit(0.82), logit(0.38), 0.0], [1, 0, 0, 1]
+    found = measures(logits, labels)
+    assert found["log_loss"] == pytest.approx(-(math.log(0.82) + math.log(0.18) + math.log(0.62) + math.log(0.5)) / 4)
+    assert found["brier"] == pytest.approx((0.18**2 + 0.82**2 + 0.38**2 + 0.25) / 4)
+    # bins: 0.82 twice, right once (gap 0.32 each); 0.62 right (gap -0.38); a tie is right half of the time (gap 0)
+    assert found["ece"] == pytest.approx((2 * 0.32 + 0.38 + 0) / 4)
+    rows = reliability(np.array(logits), np.array(labels))
     assert [(r["low"], r["high"], r["pairs"], round(r["confidence"], 3), r["preferred"]) for r in rows] == [
-        (0.5, 0.55, 1, 0.5, 0.5), (0.6, 0.65, 1, 0.6, 1.0), (0.8, 0.85, 2, 0.8, 0.5)]  # fmt: skip
+        (0.5, 0.55, 1, 0.5, 0.5), (0.6, 0.65, 1, 0.62, 1.0), (0.8, 0.85, 2, 0.82, 0.5)]  # fmt: skip
 
 
 def test_the_order_of_a_pair_does_not_matter():

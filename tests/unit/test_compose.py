@@ -132,7 +132,7 @@ def test_algo_settings(settings, said):
 
 
 @pytest.mark.parametrize("override, said", [
-    ("data=mine", "there is no data=mine; known: bandit, hh-rlhf, jsonl, parquet, tiny-feedback, ultrafeedback"),
+    ("data=mine", "there is no data=mine; known: bandit, dpo-mix-7k, helpsteer2, hh-rlhf"),
     ("hydra/launcher=prefop", "there is no hydra/launcher=prefop; did you mean 'hydra/launcher=prefopt'?"),
     ("hydra.run.dr=x", "unknown key 'hydra.run.dr'; did you mean 'hydra.run.dir'?"),
     ("+algo=ipo", "algo is chosen already; write algo=... without the +"),

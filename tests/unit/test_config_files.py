@@ -24,7 +24,7 @@ SCHEMAS = {
     "sampler": schema.SamplerConfig,
 }
 TYPED = [(group, name) for group in SCHEMAS for name in catalogue.groups()[group]]
-GLOBAL = [(group, name) for group in ("experiment", "sweep", "debug") for name in catalogue.groups()[group]]
+GLOBAL = [(group, name) for group in ("adapter", "experiment", "sweep", "debug") for name in catalogue.groups()[group]]
 
 
 def _id(path: Path) -> str:
