@@ -51,6 +51,7 @@ OTHERS: dict[str, list[str]] = {
     "cpo": ["algo=cpo"],
     "orpo": ["algo=orpo"],
     "simpo": ["algo=simpo"],
+    "kto": ["algo=kto"],
 }
 KEPT = {
     "train": ("loss", "grad_norm"),

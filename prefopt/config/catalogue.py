@@ -138,7 +138,13 @@ def _target(slug: str) -> str:
 
 def algo_settings(slug: str) -> dict[str, Any]:
     """Hyper-parameters of `algo=slug` as its YAML sets them."""
-    return {key: value for key, value in load_yaml("algo", slug).items() if key != "_target_"}
+    return {key: value for key, value in load_yaml("algo", slug).items() if key not in ("_target_", "defaults")}
+
+
+def algo_source(slug: str) -> str:
+    """Where `algo=slug` takes its batches from, unless `source=` says otherwise."""
+    chosen = [value for entry in load_yaml("algo", slug).get("defaults", []) for value in dict(entry).values()]
+    return chosen[0] if chosen else "offline"
 
 
 def header(group: str, name: str) -> list[str]:
@@ -311,6 +317,7 @@ def _show_algo(slug: str) -> list[str]:
     lines = [*_wrap(summary, f"{slug}: ", "  "), *([""] if body and body[0].strip() else [])]
     lines += [part for line in body for part in (_wrap(line, "  ", "      ") if line.strip() else [""])]
     lines += ["", *([f"Paper: https://arxiv.org/abs/{info.paper}"] if info.paper else []), f"Class: {info.target}"]
+    lines += [f"Source: {algo_source(slug)} ({header('source', algo_source(slug))[0].rstrip('.')})"]
     lines += ["", "Loss, term by term"]
     lines += [part for term, text in info.formula.items() for part in _wrap(text, f"  {term} = ", "      ")]
     lines += _wrap(symbols_text(info), "  ", "  ") if info.formula else []

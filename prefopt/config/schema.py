@@ -37,6 +37,8 @@ class ModelConfig:
     attention: str = "sdpa"
     dropout: float = 0.0
     gradient_checkpointing: bool = False
+    share_prompts: bool = True
+    fused_head: bool = True
     quantize: Optional[str] = None  # 4bit
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -45,7 +45,10 @@ class Row:
 
 @dataclass
 class MicroBatch:
-    """E edges as padded rows. `trained` marks the tokens whose log-prob is asked for; `layout` holds the objective's views."""
+    """E edges as padded rows. `trained` marks the tokens whose log-prob is asked for; `layout` holds the objective's views.
+
+    Edges of one `tree` follow one another and begin with the same `prompt` tokens, which a policy need compute only once.
+    """
 
     input_ids: Tensor  # [E, T]
     attention: Tensor  # [E, T] bool, right padded
@@ -53,6 +56,8 @@ class MicroBatch:
     layout: Batch  # without scores
     gradient: Tensor  # [E] bool: edges whose scores may carry a gradient
     rows: list[int]
+    tree: Tensor  # [E]
+    prompt: Tensor  # [E]
     stored: dict[str, Tensor] = field(default_factory=dict)  # scorer -> [N] token log-probs that need not be computed
 
     @property
@@ -66,13 +71,16 @@ class MicroBatch:
         trained, lengths = self.trained[keep], self.layout.lengths[keep]
         token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         layout = Batch(lengths, token_edge, {})
-        return MicroBatch(self.input_ids[keep], self.attention[keep], trained, layout, self.gradient[keep], self.rows)
+        return MicroBatch(self.input_ids[keep], self.attention[keep], trained, layout, self.gradient[keep], self.rows, self.tree[keep],
+                          self.prompt[keep])
 
     def to(self, device: torch.device | str) -> MicroBatch:
         layout = Batch(self.layout.lengths.to(device), self.layout.token_edge.to(device), {},
                        **self.layout.views(lambda _, t: t.to(device)))
-        return MicroBatch(self.input_ids.to(device), self.attention.to(device), self.trained.to(device), layout,
-                          self.gradient.to(device), self.rows, {scorer: t.to(device) for scorer, t in self.stored.items()})
+        stored = {scorer: t.to(device) for scorer, t in self.stored.items()}
+        tensors = (self.input_ids, self.attention, self.trained)
+        return MicroBatch(*(t.to(device) for t in tensors), layout, self.gradient.to(device), self.rows, self.tree.to(device),
+                          self.prompt.to(device), stored)
 
 
 def derangement(count: int, seed: int) -> list[int]:
@@ -128,6 +136,7 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
     Without `soft_labels` a pair with label p counts as two pairs of weight p and 1 - p, in both directions: the same expectation.
     """
     edges: list[tuple[list[int], Branch, bool]] = []
+    tree: list[int] = []
     pairs: list[tuple[int, int, float, float, float]] = []
     unary: list[tuple[int, bool, float]] = []
     mismatched: list[int] = []
@@ -140,6 +149,7 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
         if row.mismatched:
             mismatched += range(len(edges), len(edges) + len(row.mismatched))
             edges += [(row.tokens.prompt, b, False) for b in row.mismatched]
+        tree += [len(tree)] * (len(edges) - first)
         if view == "pairs":
             pairs += _pairs(row, first, soft_labels)
         elif view == "unary":
@@ -176,7 +186,8 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
     gradient = torch.tensor([g for _, _, g in edges])
     of = [rows[number].stored for number in chosen or [filler]]
     stored = {scorer: _float([x for row in of for reply in row[scorer] for x in reply]) for scorer in of[0]}
-    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen), stored)
+    prompt = _long([len(p) for p, _, _ in edges])
+    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen), _long(tree), prompt, stored)
 
 
 def _pairs(row: Row, first: int, soft_labels: bool) -> list[tuple[int, int, float, float, float]]:

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 
 from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.schema import DataConfig, ModelConfig, SamplerConfig, TrustConfig
-from prefopt.data.batch import MicroBatch
+from prefopt.data.batch import MicroBatch, Row, build
 from prefopt.data.records import Example, Message
-from prefopt.data.tokenise import Tokeniser, Tokens
+from prefopt.data.tokenise import Branch, Tokeniser, Tokens
 from prefopt.errors import UserError
 from prefopt.policies.locate import Located, locate, plain
+from prefopt.policies.logprob import Head, token_logprobs
+from prefopt.policies.trees import attention_mask, plant
+
+# How far two ways of scoring the same tokens may be apart, in nats: rounding of fp32, or of bf16 matrix products.
+AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}
 
 
 @dataclass
@@ -57,6 +62,11 @@ class LanguageModel(nn.Module):
         return _load_model(located, self.cfg, trust, dtype)[0]
 
     @property
+    def inner(self) -> nn.Module:
+        """The transformers model, with or without an adapter in its layers."""
+        return self.model.get_base_model() if self.cfg.lora.enabled else self.model
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -83,21 +93,82 @@ class LanguageModel(nn.Module):
 
 
 class CausalLM(LanguageModel):
-    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order."""
+    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order.
+
+    Prompts are computed once for all of their completions (`policies/trees.py`) and logits are made in chunks (`policies/logprob.py`),
+    where the architecture allows it: a few tokens are scored both ways when the model is loaded, and what differs is not used.
+    """
 
     quantity = "token_logp"  # what `forward` returns
 
+    def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
+        super().__init__(cfg, data, trust, device, precision, seed)
+        self.share = self.fuse = False
+        self.fuse = cfg.fused_head and self._agrees("model.fused_head", fuse=True)
+        self.share = self.fuse and cfg.share_prompts and self._agrees("model.share_prompts", share=True)
+
+    @property
+    def scoring(self) -> str:
+        """How log-probs are made, for the manifest."""
+        return f"{'shared' if self.share else 'repeated'} prompts, {'chunked' if self.fuse else 'full'} logits"
+
     def forward(self, micro: MicroBatch) -> Tensor:
+        targets = micro.input_ids[:, 1:][micro.trained[:, 1:]]
+        with self.autocast():
+            return token_logprobs(self._hidden(micro), self._head(), targets) if self.fuse else self._from_logits(micro, targets)
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """[N, D] the hidden states that predict the trained tokens."""
+        decoder, inputs = self.inner.get_decoder(), {"use_cache": False}
+        if self.share and len(micro.tree) > len(micro.tree.unique_consecutive()):
+            trees, config = plant(micro, self.pad), self.inner.config.get_text_config()
+            mask = attention_mask(trees, config, self.cfg.attention, torch.float32)
+            inputs |= {"input_ids": trees.input_ids, "position_ids": trees.positions, "attention_mask": mask}
+            return decoder(**inputs).last_hidden_state.flatten(0, 1)[trees.predict]
+        inputs |= {"input_ids": micro.input_ids, "attention_mask": micro.attention.long()}
+        return decoder(**inputs).last_hidden_state[:, :-1][micro.trained[:, 1:]]
+
+    def _head(self) -> Head:
+        layer, config = self.inner.get_output_embeddings(), self.inner.config.get_text_config()
+        if type(layer) is not nn.Linear:  # an adapter or a quantised matrix, whose `weight` is not what multiplies
+            raise TypeError(f"its head is a {type(layer).__name__}")
+        return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+
+    def _from_logits(self, micro: MicroBatch, targets: Tensor) -> Tensor:
+        """The plain way: rows of prompt and completion, all logits at once."""
         predict = micro.trained[:, 1:]  # the logits at t-1 score the token at t
         start = int(predict.any(0).float().argmax())  # earlier positions need no logits
         keep = micro.input_ids.shape[1] - start
-        with self.autocast():
-            out = self.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False, logits_to_keep=keep)
+        out = self.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False, logits_to_keep=keep)
         logits = out.logits[:, :-1][predict[:, start:]]  # [N, V]
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        targets = micro.input_ids[:, 1:][predict]
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    @torch.no_grad()
+    def _agrees(self, key: str, **change: bool) -> bool:
+        """Whether a few tokens get the same log-probs after the `change` as by the plain way; says why if not."""
+        generator = torch.Generator().manual_seed(0)
+        size = self.inner.get_input_embeddings().weight.shape[0]
+        ids = [torch.randint(size, (n,), generator=generator).tolist() for n in (9, 5, 7, 6, 3, 4)]
+        rows = [Row(Tokens(ids[p], [Branch(r, [True] * len(r), True) for r in replies]), "pair")
+                for p, replies in ((0, ids[1:3]), (3, ids[4:]))]
+        micro, was_training = build(rows, [0, 1], "pairs", self.pad).to(self.device), self.model.training
+        self.eval()
+        try:
+            with self.autocast():
+                plain = self._from_logits(micro, micro.input_ids[:, 1:][micro.trained[:, 1:]])
+            vars(self).update(change)
+            gap = float((self(micro) - plain).abs().max())
+            reason = None if gap <= AGREEMENT[self.precision] else f"log-probs would differ by {gap:.2g} nats"
+        except Exception as error:  # an architecture without one of the parts, or a kernel that takes no such mask
+            reason = f"{type(error).__name__}: {_line(error)}"
+        finally:
+            vars(self).update(dict.fromkeys(change, False))
+            self.train(was_training)
+        if reason:
+            print(f"model: {key} is off for this model ({reason})", file=sys.stderr)
+        return reason is None
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
         """Ids of a prompt to sample from."""
@@ -127,7 +198,7 @@ class CausalLM(LanguageModel):
         self.model.eval()
         # What a checkpoint ships (a repetition penalty, a minimum probability) would fill every setting left open here,
         # and the samples would not come from the policy's own distribution.
-        inner = self.model.get_base_model() if self.cfg.lora.enabled else self.model
+        inner = self.inner
         shipped, inner.generation_config = inner.generation_config, GenerationConfig()
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -246,7 +317,7 @@ def _refusal(what: str, located: Located, error: Exception) -> UserError:
 
 
 def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int, task: str) -> nn.Module:
-    """Adapters in fp32 on a frozen model; a fresh one starts as the identity. `task` is PEFT's type: with SEQ_CLS the head is trained too."""
+    """Adapters in fp32 on a frozen model; a fresh one starts as the identity. `task` is PEFT's type; SEQ_CLS trains the head too."""
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
     lora = cfg.lora

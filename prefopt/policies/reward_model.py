@@ -102,7 +102,8 @@ def write_card(folder: Path, card: dict) -> None:
 
 def rendering(card: dict) -> DataConfig:
     """How texts are rendered and cut for the reward model of this card: prompts lose their start, replies their end."""
-    return DataConfig(name="reward", source="files", on_long_prompt="keep_end", **{k: card["data"][k] for k in RENDERING if k in card["data"]})
+    limits = {key: card["data"][key] for key in RENDERING if key in card["data"]}
+    return DataConfig(name="reward", source="files", on_long_prompt="keep_end", **limits)
 
 
 @contextmanager

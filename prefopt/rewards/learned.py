@@ -14,7 +14,7 @@ import yaml
 
 from prefopt.config.schema import DataConfig, LoraConfig, ModelConfig, TrustConfig
 from prefopt.data.batch import Row, build, split_step
-from prefopt.data.records import BadRow, Example
+from prefopt.data.records import BadRow, Completion, Example
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
 from prefopt.policies.locate import Located, locate
@@ -36,8 +36,8 @@ class LearnedReward:
         folder, card = find(path)
         tabular = card["model"].get("kind") == "tabular"
         if tabular != (data.source == "bandit"):
-            raise UserError(f"reward.path={path} is a reward model {'of the bandit world' if tabular else 'for text'}, and data={data.name} "
-                            f"is {'text' if tabular else 'the bandit world'}; {TRAIN_ONE}")
+            kinds = ("of the bandit world", "text") if tabular else ("for text", "the bandit world")
+            raise UserError(f"reward.path={path} is a reward model {kinds[0]}, and data={data.name} is {kinds[1]}; {TRAIN_ONE}")
         if tabular:
             self.model, self.budget = RewardTable(device), 100_000
             self.model.restore(folder)
@@ -61,7 +61,9 @@ class LearnedReward:
         return out
 
     def _tokens(self, example: Example) -> Tokens:
-        one = replace(example, completions=example.completions[:1], kind="demonstration")
+        # A policy's reply is a message that nobody has marked as trained; unmarked, the tokeniser would take it for context.
+        said = Completion([replace(m, train=m.role == "assistant") for m in example.completions[0].messages])
+        one = replace(example, completions=[said], kind="demonstration")
         try:
             tokens = self.model.tokenise(one)
         except BadRow as reason:
@@ -105,8 +107,8 @@ def find(path: str) -> tuple[Path | None, dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / CARD} is not what prefopt wrote ({error}); put the run's own file back") from error
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"reward.path={path} holds an adapter that prefopt has not trained as a reward model; merge it into its base model, "
-                        f"or {TRAIN_ONE}")
+        raise UserError(f"reward.path={path} holds an adapter that prefopt has not trained as a reward model; merge it into its base "
+                        f"model, or {TRAIN_ONE}")
     if not (folder / "config.json").is_file():
         raise UserError(f"reward.path={path} holds neither a run nor a saved model (no config.yaml, no config.json); {TRAIN_ONE}")
     return folder, {"model": {}, "data": {}}

@@ -119,6 +119,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     about = {
         "device": str(accelerator.device), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
         "precision": cfg.hardware.precision, "reference": reference.how if reference else "none", "model": policy.source,
+        "scoring": getattr(policy, "scoring", None),
         "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in rewards.items()},
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "parameters": sum(p.numel() for p in policy.parameters()),

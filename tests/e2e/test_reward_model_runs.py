@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from prefopt.cli import main
-from prefopt.config.schema import ColumnsConfig, DataConfig, TrustConfig
+from prefopt.config.schema import DataConfig, TrustConfig
 from prefopt.data import bandit
-from prefopt.data.records import parse_row
 from prefopt.data.sources import load_data
 from prefopt.errors import UserError
 from prefopt.evaluation.label import Counts, labelled
@@ -53,8 +52,8 @@ def text_run(request, tmp_path_factory, pairs_file) -> Path:
     """A reward model over a toy language model."""
     folder = tmp_path_factory.mktemp(request.param)
     extra = ("model=tiny-lm-lora", "model.lora.r=4") if request.param == "lora" else ("model=tiny-lm",)
-    words = ("algo=reward_bt", f"model.path={save_model(folder / 'base')}", "data=jsonl", f"data.path={pairs_file}", "data.eval_fraction=0.3",
-             "optim.lr=0.01")
+    words = ("algo=reward_bt", f"model.path={save_model(folder / 'base')}", "data=jsonl", f"data.path={pairs_file}",
+             "data.eval_fraction=0.3", "optim.lr=0.01")
     assert train(folder / "rm", *extra, *words) == 0
     return folder / "rm"
 
@@ -268,11 +267,12 @@ def test_hard_labels_of_the_bandit(table, tmp_path):
     ({"prompt": "q", "completions": ["a", "b"], "scores": [1, 0]}, [1.0, 1.0], None),
 ])  # fmt: skip
 def test_rows_of_every_kind(row, rewards, wanted):
-    found = labelled(parse_row(row, asdict(ColumnsConfig())), rewards, True, Counts())
+    given = example(**row)
+    found = labelled(given, rewards, True, Counts())
     assert found == wanted
     if wanted is not None:
-        again = parse_row(json.loads(json.dumps(found)), asdict(ColumnsConfig()))
-        assert again.prompt_text == "q" and {c.text for c in again.completions} == {c.text for c in parse_row(row, asdict(ColumnsConfig())).completions}
+        again = example(**json.loads(json.dumps(found)))
+        assert again.prompt_text == "q" and {c.text for c in again.completions} == {c.text for c in given.completions}
 
 
 def test_chat_rows_stay_messages_and_counts_are_right():

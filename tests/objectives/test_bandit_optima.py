@@ -66,18 +66,18 @@ def test_ipo_reaches_its_own_optimum(tau):
     assert total_variation(torch.tensor(bandit.optimal_policy(tau)), bandit.ipo_optimal_policy(tau)) > 0.01
 
 
-@pytest.mark.parametrize("centring", [0.0, 0.001])
+@pytest.mark.parametrize("centring", [0.0, 0.003])
 def test_bradley_terry_finds_the_true_reward(centring):
     """All pairs with their exact probabilities: the true reward up to a constant per prompt. Pairs leave that constant where it is;
     with centring it is 0 at the optimum, and differences shrink a little."""
     truth = torch.tensor(bandit.reward_table(), dtype=torch.float64)
-    found = trained_table("reward_bt", 600, 0.1, centring=centring, start=1.5)
+    found = trained_table("reward_bt", 600, 0.1, centring=centring, start=1.0)
     means = found.mean(-1)
     gap = (found - means[:, None] - truth + truth.mean(-1, keepdim=True)).abs().max()
     if centring:
-        assert float(means.abs().max()) < 1e-3 and 1e-3 < float(gap) < 0.06
+        assert float(means.abs().max()) < 1e-3 and 0.05 < float(gap) < 0.15
     else:
-        assert float(means.min()) > 1 and float(gap) < 1e-3
+        assert float(means.min()) > 0.5 and float(gap) < 1e-3
 
 
 def test_label_noise_makes_dpo_less_sure():

@@ -21,6 +21,10 @@ def composed(*overrides: str, command: str = "train"):
         return compose(command, list(overrides))
 
 
+# What a command cannot do without.
+NEEDED = {"eval": ["run=x"], "sample": ["run=x"], "label": ["reward.path=x", "output=x.jsonl"]}
+
+
 def refusal(*overrides: str, command: str = "train") -> str:
     with pytest.raises(UserError) as caught:
         typed(composed(*overrides, command=command), command, "dpo")
@@ -41,21 +45,23 @@ def with_key(plain: dict, key: str, value):
 @pytest.mark.parametrize("group, name", [(g, n) for g in catalogue.GROUPS[:-2] for n in catalogue.groups()[g] if g != "sweep"])
 def test_every_choice_composes_and_is_typed(group, name):
     extra = {"model": ["data=bandit"], "data": ["model=bandit"]}.get(group, []) if name == "bandit" else []
+    extra += ["reward.path=x"] if (group, name) == ("reward", "model") else []
+    extra += ["algo=grpo"] if (group, name) == ("source", "rollout") else []
     extra += ["data.path=x"] if (group, name) in (("data", "jsonl"), ("data", "parquet")) else []
     assert typed(composed(f"{group}={name}", *extra), "train", name).algo["name"] == name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(command):
-    overrides = ["run=x"] if command in ("eval", "sample") else []
-    assert isinstance(typed(composed(*overrides, command=command), command, "dpo"), COMMANDS[command])
+    assert isinstance(typed(composed(*NEEDED.get(command, []), command=command), command, "dpo"), COMMANDS[command])
 
 
 @pytest.mark.parametrize("key", sorted(CHOICES))
 def test_every_choice_key_refuses_a_typo_by_name(key, plain):
-    typo = CHOICES[key][-1] + "x"
+    typo, command = CHOICES[key][-1] + "x", next(c for c, schema in COMMANDS.items() if key in all_keys(schema))
+    base = plain if command == "train" else OmegaConf.to_container(composed(*NEEDED[command], command=command), resolve=False)
     with pytest.raises(UserError) as caught:
-        typed(with_key(plain, key, typo), "train", "dpo")
+        typed(with_key(base, key, typo), command, "dpo")
     assert str(caught.value) == f"{key}={typo} is none of {', '.join(CHOICES[key])}; did you mean '{key}={CHOICES[key][-1]}'?"
 
 
@@ -68,8 +74,7 @@ def test_every_bound_refuses_by_name(key, plain):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_key_refuses_a_neighbour_by_its_full_name(command):
-    overrides = ["run=x"] if command in ("eval", "sample") else []
-    base = OmegaConf.to_container(composed(*overrides, command=command), resolve=False)
+    base = OmegaConf.to_container(composed(*NEEDED.get(command, []), command=command), resolve=False)
     for key in all_keys(COMMANDS[command]):
         with pytest.raises(UserError) as caught:
             typed(with_key(base, f"{key}_", 1), command, "dpo")

@@ -49,7 +49,7 @@ SICK = {
     "learning-rate": "collapse",
 }
 # Sound settings. In some of these runs chosen replies did become less likely, and the alarm is right to say so.
-DISPLACED = ["dpo-default", "simpo"]
+DISPLACED = ["dpo-default", "kto", "simpo"]
 QUIET = sorted(RUNS.keys() - SICK.keys() - set(DISPLACED))
 
 
@@ -66,6 +66,9 @@ def test_no_alarm_at_any_evaluation_of_a_healthy_run(run):
 @pytest.mark.parametrize("run", DISPLACED)
 def test_displacement_alone_is_reported_where_reward_rose(run):
     assert raised_on_the_way(run) == {"likelihood_displacement"}
+    evals = [row for row in RUNS[run]["rows"] if row["split"] == "eval"]
+    assert evals[-1]["logp/chosen"] < evals[0]["logp/chosen"] - 1, "the alarm tells the truth"
+    assert evals[-1]["true_reward_low"] > evals[0]["true_reward_high"]
 
 
 @pytest.mark.parametrize("run", sorted(SICK))

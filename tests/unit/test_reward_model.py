@@ -39,7 +39,9 @@ def sequences(model, *examples) -> list[list[int]]:
     return [row.tokens.prompt + b.ids for row in rows(model, *examples) for b in row.tokens.branches]
 
 
-@pytest.mark.parametrize(("family", "pad"), [("llama", "<pad>"), ("llama", "<eos>"), ("llama", None), ("qwen2", "<eos>"), ("gpt2", "<eos>")])
+@pytest.mark.parametrize(("family", "pad"), [
+    ("llama", "<pad>"), ("llama", "<eos>"), ("llama", None), ("qwen2", "<eos>"), ("gpt2", "<eos>"),
+])  # fmt: skip
 def test_reads_the_last_token_whatever_pads(tmp_path, family, pad):
     """The reply ends with <eos>; where that is the padding token too, a search for padding stops one token early."""
     model = reward_model(save_model(tmp_path, family, template=None, special={"pad_token": pad}))
