@@ -317,7 +317,7 @@ def _show_algo(slug: str) -> list[str]:
     lines = [*_wrap(summary, f"{slug}: ", "  "), *([""] if body and body[0].strip() else [])]
     lines += [part for line in body for part in (_wrap(line, "  ", "      ") if line.strip() else [""])]
     lines += ["", *([f"Paper: https://arxiv.org/abs/{info.paper}"] if info.paper else []), f"Class: {info.target}"]
-    lines += [f"Source: {algo_source(slug)} ({header('source', algo_source(slug))[0].rstrip('.')})"]
+    lines += [f"Source: {algo_source(slug)} (prefopt show source={algo_source(slug)})"]
     lines += ["", "Loss, term by term"]
     lines += [part for term, text in info.formula.items() for part in _wrap(text, f"  {term} = ", "      ")]
     lines += _wrap(symbols_text(info), "  ", "  ") if info.formula else []

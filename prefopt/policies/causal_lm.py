@@ -59,7 +59,11 @@ class LanguageModel(nn.Module):
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
         """The model in `located`, without an adapter."""
-        return _load_model(located, self.cfg, trust, dtype)[0]
+        model, missing = _load_model(located, self.cfg, trust, dtype)
+        if missing:
+            raise UserError(f"{located.where} lacks weights ({', '.join(sorted(missing)[:3])}); it is no complete language model (a reward "
+                            "model has no language head)")
+        return model
 
     @property
     def inner(self) -> nn.Module:

@@ -281,7 +281,7 @@ class Judge:
 
 def answer(prompt: Example, text: str) -> Example:
     """The prompt with this reply as its one completion: what reward functions take."""
-    reply = Completion([Message("assistant", [{"type": "text", "text": text}])])
+    reply = Completion([Message("assistant", [{"type": "text", "text": text}], train=True)])
     return replace(prompt, completions=[reply], kind="demonstration", label=1.0, margin=0.0)
 
 

@@ -15,12 +15,12 @@ from accelerate.utils import gather_object
 from prefopt.config.schema import SamplerConfig, SourceConfig
 from prefopt.data.batch import MicroBatch, Row, derangement, step_rows
 from prefopt.data.dataset import Dataset
-from prefopt.data.records import Completion, Message
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
 from prefopt.rewards.true_reward import RewardFunction
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training.engine import Engine
+from prefopt.training.judge import answer
 from prefopt.training.rundir import write_atomic
 from prefopt.training.source import OfflineSource
 
@@ -97,10 +97,7 @@ class OnlineSource:
         seed = random.Random(f"sample {self.seed} {place}").getrandbits(32)
         ids = [rows[p].tokens.prompt for p in asked]
         replies = policy.generate(ids, self.sampler, seed)
-        written = [
-            replace(self.prompts.examples[p], completions=[Completion([Message("assistant", [{"type": "text", "text": r.text}])])])
-            for p, r in zip(asked, replies, strict=True)
-        ]
+        written = [answer(self.prompts.examples[p], r.text) for p, r in zip(asked, replies, strict=True)]
         rewards = self.reward(written)
         for example, reward in zip(written, rewards, strict=True):
             if not math.isfinite(reward):
