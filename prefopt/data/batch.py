@@ -62,7 +62,15 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all edges."""
         return int(self.attention.sum())
+
+    @property
+    def tree_tokens(self) -> int:
+        """The same where edges of one tree share their prompt."""
+        again = torch.zeros_like(self.tree, dtype=torch.bool)
+        again[1:] = self.tree[1:] == self.tree[:-1]
+        return self.tokens - int(self.prompt[again].sum())
 
     def only(self, keep: Tensor) -> MicroBatch:
         """The edges where `keep` [E] is true, without views: for a second pass over part of the batch."""

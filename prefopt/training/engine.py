@@ -22,7 +22,7 @@ from prefopt.training.metrics import Averages, batch_metrics
 
 @dataclass
 class StepResult:
-    """What a step did. `averages` are sums and counts over this rank's units, `loss` shares of the global loss."""
+    """What a step did, over all ranks. `tokens` are those the policy computed: a prompt that is shared counts once."""
 
     loss: float
     grad_norm: float
@@ -78,7 +78,8 @@ class Engine:
         averages = Averages()
         backward = self._backward_coupled if self.objective.coupling == "global" else self._backward_local
         loss = backward([m.to(self.accelerator.device) for m in micros], averages)
-        tokens = torch.tensor(float(sum(m.tokens for m in micros if m.rows)))
+        shared = getattr(self.policy, "share", False)
+        tokens = torch.tensor(float(sum(m.tree_tokens if shared else m.tokens for m in micros if m.rows)))
         loss, tokens = self.sum_over_ranks(loss), self.sum_over_ranks(tokens)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))

@@ -102,6 +102,7 @@ def test_build_pads_right_and_marks_the_trained_tokens():
         [1, 2, 3, 10, 11, 12, 13], [1, 2, 3, 20, 21, 99, 99], [1, 10, 11, 99, 99, 99, 99], [1, 50, 51, 52, 99, 99, 99],
     ]
     assert micro.attention.sum(1).tolist() == [7, 5, 3, 4] and micro.tokens == 19
+    assert micro.tree.tolist() == [0, 0, 2, 2] and micro.prompt.tolist() == [3, 3, 1, 1] and micro.tree_tokens == 15
     assert micro.input_ids[micro.trained].tolist() == [10, 11, 12, 13, 20, 21, 10, 11, 51, 52]
     assert micro.layout.lengths.tolist() == [4, 2, 2, 2]
     assert micro.layout.token_edge.tolist() == [0] * 4 + [1] * 2 + [2] * 2 + [3] * 2
