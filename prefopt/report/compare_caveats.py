@@ -61,11 +61,13 @@ def _unfinished(results: Results) -> list[str]:
 
 
 def _alarms(results: Results) -> list[str]:
-    by_title: dict[str, list[str]] = {}
-    for run in results.runs:
-        for alarm in alarms(run.rows):
-            by_title.setdefault(alarm.title, []).append(run.name)
-    return [f"Alarm “{title}” in {count(len(names), 'run')}: {', '.join(names)}." for title, names in by_title.items()]
+    rung = {run.name: [alarm.title for alarm in alarms(run.rows)] for run in results.runs}
+    lines = []
+    for title in dict.fromkeys(t for titles in rung.values() for t in titles):
+        counts = {m.label: (sum(title in rung[run.name] for run in m.runs), len(m.runs)) for m in results.methods}
+        where = [f"{label} ({n} of {count(total, 'run')})" for label, (n, total) in counts.items() if n]
+        lines.append(f"Alarm “{title}”: {', '.join(where)}. The table of runs says which.")
+    return lines
 
 
 def _data(results: Results) -> list[str]:

@@ -25,7 +25,8 @@ from prefopt.tracking.tracker import read_jsonl
 NEUTRAL = (
     "seed", "run_dir", "resume", "tracker", "hardware", "trust", "evaluation", "sampler.batch_size", "model.learning_rate",
     "model.micro_batch_tokens", "model.gradient_checkpointing", "model.share_prompts", "model.fused_head", "train.micro_batch_tokens",
-    "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped_steps", "train.self_check", "data.on_bad_row",
+    "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped_steps", "train.self_check",
+    "data.on_bad_row",
 )  # fmt: skip
 NOT_NEUTRAL = ("hardware.precision",)
 # What decides which rows a run learnt from and was judged on.

@@ -339,7 +339,7 @@ def test_equal_methods_are_not_told_apart_in_words(tmp_path):
 def test_alarms_and_small_numbers_of_seeds_are_caveats(pair):
     edit(pair[0], "metrics.jsonl", lambda row: row | ({"length": 10.0 + row["step"]} if row["split"] == "eval" else {}))
     text = table(measure(pair))
-    assert "Alarm “Replies grew much longer” in 1 run: one." in text
+    assert "Alarm “Replies grew much longer”: dpo (1 of 1 run). The table of runs says which." in text
     assert "One seed only: all methods." in text
     assert "for these runs" in verdict(measure(pair))
 
@@ -393,6 +393,13 @@ def test_the_page_has_every_part_and_needs_nothing_from_outside(sweep, tmp_path)
     for tag, attributes in seen.tags:
         assert tag not in ("script", "link", "iframe", "img", "object", "embed", "base", "form"), tag
         assert not {"src", "href", "style", "action"} & attributes.keys() and not any(name.startswith("on") for name in attributes)
+    for place in (0, 1):  # results and costs: as many cells in every row as in the head, none of them empty but the initial policy's
+        (body,) = re.findall(r"<table>.*?</table>", text, re.S)[place : place + 1]
+        head, *rows = re.findall(r"<tr.*?</tr>", body, re.S)
+        cells = [re.findall(r"<t[hd][ >].*?</t[hd]>", row, re.S) for row in (head, *rows)]
+        assert len({len(row) for row in cells}) == 1, place
+        words_in = [[re.sub(r"<[^>]*>|\s", "", cell) for cell in row] for row in cells[1:]]
+        assert all(all(row) for row in words_in[1 - place :]), place
     assert not re.search(r"https?://|url\(|@import", text) and "default-src 'none'" in text
     assert str(sweep.parent) not in text and "/secret/place" not in text, "no path of the machine"
     assert "nan" not in re.sub(r"<[^>]*>", " ", text).lower().split()
