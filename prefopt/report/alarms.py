@@ -67,7 +67,7 @@ def checked(rows: list[dict]) -> list[tuple[str, Alarm | str | None]]:
     checks: list[tuple[str, Callable[[], Alarm | None]]] = [
         ("wrong reference", lambda: _reference(evals, start)),
         ("collapse", lambda: _collapse(train, evals)),
-        ("likelihood displacement", lambda: _displacement(evals)),
+        ("likelihood displacement", lambda: _displacement(train, evals)),
         ("over-optimisation", lambda: _overoptimisation(evals)),
         ("length growth", lambda: _length_growth(evals)),
         ("unfinished replies", lambda: _unfinished(evals)),
@@ -144,7 +144,9 @@ def _collapse(train: list[Row], evals: list[Row]) -> Alarm | None:
     return None
 
 
-def _displacement(evals: list[Row]) -> Alarm | None:
+def _displacement(train: list[Row], evals: list[Row]) -> Alarm | None:
+    if any("samples" in row for row in train):
+        raise _Unchecked("learns from its own samples, which were judged")
     chosen = _moved(evals, "logp/chosen", "held-out log-probabilities")
     rejected = _moved(evals, "logp/rejected", "held-out log-probabilities")
     for c in (chosen, rejected):

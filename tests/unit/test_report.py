@@ -438,6 +438,13 @@ def test_alarms_are_pure_and_do_not_care_for_order():
     assert rows == copy
 
 
+def test_what_moves_away_from_given_pairs_is_no_displacement_where_samples_are_judged():
+    """A run that learns from its own samples owes nothing to pairs that it never trained on."""
+    rows = two_evals(logp__chosen=(-20.0, -22.0), logp__rejected=(-22.0, -31.0))
+    assert names(rows) == ["likelihood_displacement"]
+    assert names([*rows, {"step": 1, "split": "train", "loss": 0.5, "samples": 64}]) == []
+
+
 def test_alarms_show_in_the_banner_and_the_section(run, tmp_path):
     def displace(row):
         if row["split"] == "eval":
