@@ -56,6 +56,7 @@ class LanguageModel(nn.Module):
             enable({"use_reentrant": False})  # by position: the argument's name has changed along with the method's
         if cfg.lora.enabled:
             self.model = _add_lora(self.model, cfg, seed, self.task)
+        self.train()  # transformers hands models over in evaluation mode; dropout, if asked for, is for training
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
         """The model in `located`, without an adapter."""
@@ -157,7 +158,7 @@ class CausalLM(LanguageModel):
         ids = [torch.randint(size, (n,), generator=generator).tolist() for n in (9, 5, 7, 6, 3, 4)]
         rows = [Row(Tokens(ids[p], [Branch(r, [True] * len(r), True) for r in replies]), "pair")
                 for p, replies in ((0, ids[1:3]), (3, ids[4:]))]
-        micro, was_training = build(rows, [0, 1], "pairs", self.pad).to(self.device), self.model.training
+        micro, was_training = build(rows, [0, 1], "pairs", self.pad).to(self.device), self.training
         self.eval()
         try:
             with self.autocast():

@@ -53,7 +53,7 @@ def refused(capsys, tmp_path):
     ("train sed=3", "unknown key 'sed'; did you mean 'seed'?"),
     ("train optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
     ("train optm.lr=1", "unknown key 'optm.lr'; did you mean 'optim.lr'?"),
-    ("train model.lora.rank=4", "unknown key 'model.lora.rank'; there are model.lora.enabled, model.lora.r,"),
+    ("train model.lora.rank=4", "unknown key 'model.lora.rank'; there are model.lora.enabled, model.lora.learning_rate, model.lora.r,"),
     ("train lr=1e-4", "unknown key 'lr'; did you mean 'optim.lr'?"),
     ("train beta=1", "unknown key 'beta'; did you mean 'algo.beta'?"),
     ("train +foo=1", "unknown key 'foo'; there are algo, model, data"),

@@ -45,10 +45,12 @@ def test_every_algorithm_trains_on_the_tiny_world(slug, tmp_path):
     assert all(r["skipped_steps"] == 0 and r["grad_norm"] > 0 for r in trained)
     judged = [r for r in rows if r["split"] == "eval"]
     assert judged[0]["step"] == 0 and judged[-1]["step"] == 4
-    for key in ("accuracy", "true_reward", "win_rate", "kl", "length", "logp/chosen"):
+    writes = slug != "reward_bt"  # a reward model judges, and writes nothing
+    for key in ("accuracy", *(("true_reward", "win_rate", "kl", "length", "logp/chosen") if writes else ("log_loss", "ece"))):
         assert isinstance(judged[-1][key], float), key
     assert ("loss" in judged[-1]) == (slug != "grpo")  # which has no loss on given rows
-    assert judged[0]["kl"] == pytest.approx(0, abs=1e-4) and judged[0]["win_rate"] == 0.5
+    if writes:
+        assert judged[0]["kl"] == pytest.approx(0, abs=1e-4) and judged[0]["win_rate"] == 0.5
     assert (run / "report.html").stat().st_size > 10_000
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert (run / "model" / "model.safetensors").is_file()
