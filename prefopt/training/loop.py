@@ -190,7 +190,11 @@ class Log:
             yield
         except BaseException as error:
             if self.run.main:
-                self.close("failed", read_status(self.run.folder).get("step", 0), f"{type(error).__name__}: {error}")
+                step = read_status(self.run.folder).get("step", 0)
+                if isinstance(error, KeyboardInterrupt):  # a second signal, which does not wait for the step to end
+                    self.close("stopped", step, "interrupted; the same command continues from the last checkpoint")
+                else:
+                    self.close("failed", step, f"{type(error).__name__}: {error}")
             raise
 
     def close(self, state: str, step: int, message: str) -> None:

@@ -112,6 +112,17 @@ def test_a_signal_leaves_a_resumable_run(number, ten_steps, tmp_path, monkeypatc
     assert same(run, ten_steps)
 
 
+def test_a_second_signal_does_not_wait_and_leaves_a_resumable_run(ten_steps, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8, error=KeyboardInterrupt())
+        assert train(run, *TEN) == 130
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("stopped", 5) and "the same command continues" in status["message"]
+    assert train(run, *TEN) == 0
+    assert same(run, ten_steps)
+
+
 def test_kill_9_of_a_real_process_resumes_to_the_same_bits(ten_steps, tmp_path):
     """A subprocess, because nothing in this process can stand for SIGKILL."""
     run = tmp_path / "run"
