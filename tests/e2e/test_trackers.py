@@ -130,7 +130,7 @@ def test_offline_parts_are_synced_to_one_run_without_doubled_steps(server, tmp_p
     assert train(run, *BANDIT, *BOTH) == 0
     teardown()
     assert not server.runs
-    (identity,) = {p.name.rpartition("-")[2] for p in (run / "wandb").iterdir()}
+    (identity,) = {p.name.rpartition("-")[2] for p in (run / "wandb").glob("*run-*-*")}
     command = [str(Path(sys.executable).with_name("wandb")), "sync", *map(str, (run / "wandb").glob(f"*run-*-{identity}"))]
     subprocess.run(command, check=True, capture_output=True)  # the client's own command, as a user gives it
     (stored,) = server.runs.values()

@@ -47,7 +47,8 @@ def test_every_choice_composes_and_is_typed(group, name):
     extra = {"model": ["data=bandit"], "data": ["model=bandit"]}.get(group, []) if name == "bandit" else []
     extra += ["reward.path=x"] if (group, name) == ("reward", "model") else []
     extra += ["algo=grpo"] if (group, name) == ("source", "rollout") else []
-    extra += ["data.path=x"] if (group, name) in (("data", "jsonl"), ("data", "parquet")) else []
+    needs_path = (("data", "jsonl"), ("data", "parquet"), ("experiment", "smollm2_real-pairs"))
+    extra += ["data.path=x"] if (group, name) in needs_path else []
     assert typed(composed(f"{group}={name}", *extra), "train", name).algo["name"] == name
 
 
