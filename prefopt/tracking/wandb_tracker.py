@@ -200,7 +200,7 @@ def make_wandb(
         return start("online")
     except wandb.Error as e:  # UsageError: no key. CommError: no network, or a key that is refused.
         wandb.teardown()  # the service holds on to the id of the failed attempt
-        for folder in set((run_dir / "wandb").glob(f"run-*-{run_id}")) - folders:
+        for folder in set((run_dir / "wandb").glob(f"run-*-{run_id}*")) - folders:
             shutil.rmtree(folder, ignore_errors=True)  # the attempt holds no data, and would be synced too
         tracker = start_offline()
         reason = redact(" ".join(str(e).split()))
