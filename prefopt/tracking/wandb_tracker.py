@@ -120,7 +120,7 @@ class WandbTracker:
     @property
     def sync_command(self) -> str:
         """Uploads all parts of the run: each start of an offline run writes one."""
-        parts = shlex.quote(str(self.folder.parent)) + f"/*run-*-{self.run.id}"
+        parts = shlex.quote(str(self.folder.parent)) + f"/*run-*-{self.run.id}*"
         return f"wandb sync {parts}"
 
 
