@@ -196,6 +196,9 @@ def _suggestion(parts: Sequence[tuple[Split, Dataset, Measured]], tokeniser: Tok
         limit = min(-(-at_share(ordered, 99) // 32) * 32, ordered[-1], context - 1)
         found.append((limit, 100 * sum(n > limit for n in ordered) / len(ordered)))
     (prompt, long_prompts), (reply, long_replies) = found
+    if not any(m.every_reply for *_, m in parts):  # rows that are only prompts
+        return [f"suggested limit: data.max_prompt_tokens={prompt} ({long_prompts:.1f} % of prompts are longer; the model's context is "
+                f"{context}, and sampler.max_new_tokens come on top)"]
     lines = [f"suggested limits: data.max_prompt_tokens={prompt} data.max_completion_tokens={reply}",
              f"  longer than that: {long_prompts:.1f} % of prompts, {long_replies:.1f} % of completions; the model's context is {context}"]
     if prompt + reply > context:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from prefopt.config.schema import DataCheckConfig, DataConfig, ModelConfig
+from prefopt.config.schema import DataCheckConfig, DataConfig, ModelConfig, SourceConfig
 from prefopt.data.tokenise import Branch
 from prefopt.errors import UserError
 from prefopt.evaluation.data_check import MARKS, at_share, check_text, marked, percentiles
@@ -221,3 +221,18 @@ def test_the_bandit_and_tiny_lm_need_no_file_and_no_weights(monkeypatch):
                                       data=DataConfig(name="tiny-feedback", source="tiny_feedback", limit=50, eval_limit=20)))
     assert line(tiny, "train:") == "train: 50 usable rows, 0 broken"
     assert line(tiny, "0 of 20 eval rows") and "<eos>⟧" in tiny
+
+
+def test_prompts_to_sample_from_are_enough_for_an_online_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(causal_lm, "_load_model", None)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(3)))
+
+    def checked(kind):
+        data = data_config(path=str(tmp_path / "p.jsonl"))
+        return check_text(DataCheckConfig(algo={"_target_": DPO}, model=model_config(folder), data=data, source=SourceConfig(kind)))
+
+    text = checked("rounds")
+    assert "train: 3 usable rows, 0 broken" in text and "suggested limit: data.max_prompt_tokens=" in text
+    assert "max_completion_tokens" not in text
+    with pytest.raises(UserError, match="this is a prompt row, and the objective needs pairs"):
+        checked("offline")
