@@ -6,6 +6,7 @@ of a token budget; neither changes the loss, because every term is normalised ov
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,10 +38,14 @@ class Row:
         """The completions that `view` reads."""
         return self.tokens.branches[:1] if view == "demonstrations" else self.tokens.branches
 
-    def cost(self, view: str) -> tuple[int, int]:
-        """(edges, longest edge in tokens)."""
-        branches = self.branches(view) + (self.mismatched or [])
-        return len(branches), len(self.tokens.prompt) + max(len(b.ids) for b in branches)
+    def edges(self, view: str) -> list[Branch]:
+        """The completions that are scored: those of `view`, then the mismatched ones."""
+        return self.branches(view) + (self.mismatched or [])
+
+    def size(self, view: str, layout: str) -> tuple[int, int]:
+        """(sequences, tokens of the longest): an edge is a sequence in `rows`; in `trees` and `packed` they grow from one prompt."""
+        prompt, edges = len(self.tokens.prompt), [len(b.ids) for b in self.edges(view)]
+        return (len(edges), prompt + max(edges)) if layout == "rows" else (1, prompt + sum(edges))
 
 
 @dataclass
@@ -110,32 +115,54 @@ def step_rows(total: int, batch_size: int, step: int, seed: int) -> list[int]:
     return order[place * batch_size : (place + 1) * batch_size]
 
 
-def split_step(rows: Sequence[Row], chosen: Sequence[int], view: str, budget: int, world: int) -> list[list[list[int]]]:
+def split_step(
+    rows: Sequence[Row], chosen: Sequence[int], view: str, budget: int, world: int, layout: str = "rows"
+) -> list[list[list[int]]]:
     """[rank][micro-batch] -> row numbers. All ranks get the same number of micro-batches; an empty one is a filler.
 
-    Rows are sorted by length and dealt in a snake, then cut where the padded size would pass `budget` tokens.
-    A single row over the budget gets a micro-batch of its own.
+    Rows go, the longest first, to the rank that has the least to do. A rank's rows are cut into as few micro-batches of at most `budget`
+    tokens as their lengths allow, and these are made as equal as they can be. Tokens are what is computed: padding counts in the layouts
+    that pad. A single row over the budget gets a micro-batch of its own.
     """
-    by_length = sorted(chosen, key=lambda r: (-rows[r].cost(view)[1], r))
+    sizes = {r: rows[r].size(view, layout) for r in chosen}
+    by_length = sorted(chosen, key=lambda r: (-sizes[r][1], r))
     ranks: list[list[int]] = [[] for _ in range(world)]
-    for i, row in enumerate(by_length):
-        lap, place = divmod(i, world)
-        ranks[place if lap % 2 == 0 else world - 1 - place].append(row)
-    cut = [_cut([(r, *rows[r].cost(view)) for r in mine], budget) for mine in ranks]
+    load = [0] * world
+    for row in by_length:
+        least = load.index(min(load))
+        ranks[least].append(row)
+        load[least] += math.prod(sizes[row])
+    cut = [_cut_evenly(mine, sizes, budget, layout == "packed") for mine in ranks]
     most = max(len(micro) for micro in cut)
     return [micro + [[] for _ in range(most - len(micro))] for micro in cut]
 
 
-def _cut(rows: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
-    micro: list[list[int]] = []
-    edges = longest = 0
-    for row, count, length in rows:
-        edges, longest = edges + count, max(longest, length)
-        if not micro or edges * longest > budget:
-            micro.append([])
-            edges, longest = count, length
-        micro[-1].append(row)
-    return micro
+def _cut_evenly(rows: list[int], sizes: dict[int, tuple[int, int]], budget: int, packed: bool) -> list[list[int]]:
+    """The parts that `budget` allows, under the smallest limit that needs no more of them."""
+    best = _cut(rows, sizes, budget, packed)
+    low, high = 0, budget
+    while low < high:
+        middle = (low + high) // 2
+        parts = _cut(rows, sizes, middle, packed)
+        if len(parts) > len(best):
+            low = middle + 1
+        else:
+            best, high = parts, middle
+    return best
+
+
+def _cut(rows: list[int], sizes: dict[int, tuple[int, int]], limit: int, packed: bool) -> list[list[int]]:
+    """Cuts a list, in its order, wherever the tokens would pass `limit`."""
+    parts: list[list[int]] = []
+    sequences = longest = held = 0
+    for row in rows:
+        count, length = sizes[row]
+        sequences, longest, held = sequences + count, max(longest, length), held + count * length
+        if not parts or (held if packed else sequences * longest) > limit:
+            parts.append([])
+            sequences, longest, held = count, length, count * length
+        parts[-1].append(row)
+    return parts
 
 
 def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_labels: bool = True, filler: int = 0) -> MicroBatch:

@@ -39,6 +39,7 @@ class LanguageModel(nn.Module):
     """What a causal LM and a reward model have in common: a transformers model, its tokenizer, precision, LoRA, saving."""
 
     task = "CAUSAL_LM"  # PEFT's word for it
+    layout = "rows"  # how a micro-batch is computed: padded rows of edges, padded `trees` of shared prompts, or trees `packed` in one row
 
     def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
         super().__init__()
@@ -111,6 +112,10 @@ class CausalLM(LanguageModel):
         self.share = self.fuse = False
         self.fuse = cfg.fused_head and self._agrees("model.fused_head", fuse=True)
         self.share = self.fuse and cfg.share_prompts and self._agrees("model.share_prompts", share=True)
+
+    @property
+    def layout(self) -> str:
+        return "trees" if self.share else "rows"
 
     @property
     def scoring(self) -> str:

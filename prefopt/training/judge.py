@@ -162,7 +162,7 @@ class Judge:
     def _rows_of_edges(self, micro: MicroBatch, view: str) -> list[int]:
         if not micro.rows:
             return [-1] * len(micro.layout.lengths)
-        return [number for number in micro.rows for _ in range(self.held_out.rows[number].cost(view)[0])]
+        return [number for number in micro.rows for _ in self.held_out.rows[number].edges(view)]
 
     def _loss(self, whole: Batch, of: Sequence[int]) -> np.ndarray:
         """[G] the objective's loss, split over prompts. What couples a batch (KTO's KL estimate) is held at its value."""

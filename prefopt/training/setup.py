@@ -106,7 +106,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         start = reference if is_initial and not moves else make_reference(policy, "initial", name="start")
     engine = Engine(policy, objective, reference, cfg.optim, accelerator, moves)
     make = dict(view=objective.view, budget=cfg.train.micro_batch_tokens, pad=policy.pad, soft_labels="label" in objective.columns,
-                seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes)
+                seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes, layout=policy.layout)
     source = OfflineSource([] if online else train.rows, batch_size=cfg.train.batch_size, **make)
     if online:
         source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,

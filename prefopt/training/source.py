@@ -21,6 +21,7 @@ class OfflineSource:
     seed: int | str
     rank: int = 0
     world: int = 1
+    layout: str = "rows"  # how the policy lays a micro-batch out
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -37,8 +38,8 @@ class OfflineSource:
 
     def micro_batches(self, chosen: list[int], view: str) -> list[MicroBatch]:
         """This rank's share of the rows `chosen`; equally many micro-batches on every rank."""
-        mine = split_step(self.rows, chosen, view, self.budget, self.world)[self.rank]
-        filler = min(chosen, key=lambda r: self.rows[r].cost(view)[1])
+        mine = split_step(self.rows, chosen, view, self.budget, self.world, self.layout)[self.rank]
+        filler = min(chosen, key=lambda r: self.rows[r].size(view, self.layout))
         return [build(self.rows, part, view, self.pad, self.soft_labels, filler) for part in mine]
 
     def everything(self, view: str) -> list[MicroBatch]:

@@ -61,7 +61,7 @@ def test_split_changes_neither_loss_nor_gradient(slug, budget, world):
         want, wanted_shares = reduce_terms(batch, objective(batch), totals)
         assert want.item() != 0
 
-        ranks = split_step(rows, step, objective.view, budget, world)
+        ranks = split_step(rows, step, objective.view, budget, world, rng.choice(["rows", "trees", "packed"]))
         assert len({len(micros) for micros in ranks}) == 1, "ranks would wait for each other"
         assert sorted(r for micros in ranks for micro in micros for r in micro) == sorted(step)
         fillers = [rng.randrange(ROWS) for rank in ranks for _ in rank]

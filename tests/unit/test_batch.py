@@ -1,6 +1,7 @@
 """Rows to steps and micro-batches: order, split over ranks, views, soft labels, mismatched replies."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from prefopt.objectives.base import Batch, Pairs, Term, total_weights
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.reference_free import CPO, ORPO, SimPO, SLiC
 from prefopt.objectives.unary import KTO
+from prefopt.policies.trees import plant
 from tests.toy import data_config, example, pair, tokeniser, turns
 
 
@@ -67,22 +69,60 @@ def test_derangement_has_no_fixed_point(count):
 # ---- split over ranks and micro-batches ----
 
 
+LAYOUTS = ("rows", "trees", "packed")
+
+
+def computed(rows, part, view, layout):
+    """Tokens that a micro-batch costs, padding included where the layout pads."""
+    micro = build(rows, part, view, 0)
+    if layout == "rows":
+        return micro.input_ids.numel()
+    return micro.tree_tokens if layout == "packed" else plant(micro, 0).input_ids.numel()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("world", "budget", "count"), list(itertools.product([1, 2, 3, 5], [1, 60, 200, 10**6], [1, 4, 17])))
-def test_split_step_covers_rows_once_and_keeps_ranks_and_budget_even(world, budget, count):
+def test_split_step_covers_rows_once_and_keeps_ranks_and_budget_even(world, budget, count, layout):
     rng = random.Random(count)
     rows = [row(rng.randint(1, 20), (rng.randint(1, 20), rng.randint(1, 20))) for _ in range(40)]
     chosen = rng.sample(range(40), count)
-    ranks = split_step(rows, chosen, "pairs", budget, world)
+    ranks = split_step(rows, chosen, "pairs", budget, world, layout)
     assert len(ranks) == world
     assert len({len(micro) for micro in ranks}) == 1
     assert sorted(r for micro in ranks for part in micro for r in part) == sorted(chosen)
-    shares = [sum(len(part) for part in micro) for micro in ranks]
-    assert max(shares) - min(shares) <= 1
+    assert split_step(rows, rng.sample(chosen, count), "pairs", budget, world, layout) == ranks, "the order they were given in says nothing"
+    cost = {r: math.prod(rows[r].size("pairs", layout)) for r in chosen}
+    load = [sum(cost[r] for part in micro for r in part) for micro in ranks]
+    assert max(load) - min(load) <= max(cost.values())
     for part in itertools.chain(*ranks):
-        padded = build(rows, part, "pairs", 0, filler=chosen[0]).input_ids.numel()
-        assert len(part) <= 1 or padded <= budget
-    longest = max(chosen, key=lambda r: rows[r].cost("pairs")[1])
+        assert len(part) <= 1 or computed(rows, part, "pairs", layout) <= budget
+    longest = max(chosen, key=lambda r: rows[r].size("pairs", layout)[1])
     assert longest in ranks[0][0]  # the dearest comes first, so that running out of memory shows at once
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches_are_as_even_as_they_can_be(layout):
+    """No cutting of the same order into as few parts has a cheaper dearest part."""
+    rng = random.Random(4)
+    for _ in range(20):
+        rows = [row(rng.randint(1, 9), (rng.randint(1, 9), rng.randint(1, 9))) for _ in range(7)]
+        (parts,) = split_step(rows, range(7), "pairs", 70, 1, layout)
+        order = [r for part in parts for r in part]
+        dearest = max(computed(rows, part, "pairs", layout) for part in parts)
+        for cuts in itertools.combinations(range(1, 7), len(parts) - 1):
+            other = [order[a:b] for a, b in itertools.pairwise((0, *cuts, 7))]
+            assert max(computed(rows, part, "pairs", layout) for part in other) >= dearest
+        for fewer in range(len(parts) - 1):
+            for cuts in itertools.combinations(range(1, 7), fewer):
+                other = [order[a:b] for a, b in itertools.pairwise((0, *cuts, 7))]
+                assert max(computed(rows, part, "pairs", layout) for part in other) > 70
+
+
+def test_ranks_share_the_work_and_not_the_rows():
+    """One long row and many short ones: dealt by count alone, one of the ranks would do twice the work."""
+    rows = [row(10, (100, 100)), *(row(10, (20, 20)) for _ in range(4))]
+    ranks = split_step(rows, range(5), "pairs", 10**6, 2, "packed")
+    assert [sorted(r for part in micro for r in part) for micro in ranks] == [[0], [1, 2, 3, 4]]
 
 
 def test_split_counts_only_the_edges_that_a_view_reads():
