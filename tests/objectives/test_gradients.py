@@ -78,7 +78,7 @@ def test_first_step_goes_the_right_way(slug):
 
 
 @pytest.mark.parametrize("slug", YAML)
-def test_one_value_per_unit_and_metrics_detached(slug):
+def test_trap_20_one_value_per_unit_and_metrics_detached(slug):
     """Edges, tokens, units and row weights all differ in number, so a term of the wrong level cannot broadcast unseen."""
     rng = random.Random(f"shape {slug}")
     for objective in several(slug):

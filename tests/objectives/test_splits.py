@@ -50,7 +50,7 @@ def added(totals):
 
 @pytest.mark.parametrize(("budget", "world"), [(1, 1), (40, 1), (60, 2), (35, 3), (10_000, 4), (1, ROWS + 2)])
 @pytest.mark.parametrize("slug", LOCAL)
-def test_split_changes_neither_loss_nor_gradient(slug, budget, world):
+def test_trap_16_split_changes_neither_loss_nor_gradient(slug, budget, world):
     rng = random.Random(f"split {slug} {budget}")
     for objective in several(slug, draws=1):
         rows = random_rows(objective, rng, ROWS)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from prefopt.data.dataset import make_dataset, reduce_ranking
 from prefopt.data.sources import Split
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
-from prefopt.objectives.base import Batch, Pairs, Term, total_weights
+from prefopt.objectives.base import Batch, Pairs, Term, reduce_terms, total_weights, unit_weight
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.reference_free import CPO, ORPO, SimPO, SLiC
 from prefopt.objectives.unary import KTO
@@ -343,3 +344,33 @@ def test_trap_09_length_normalised_losses_never_meet_a_length_of_zero():
     assert micro.layout.lengths.min() >= 1
     blank = Batch(micro.layout.lengths, micro.layout.token_edge, {"policy": {"logp": torch.zeros(4)}}, micro.layout.pairs)
     assert isinstance(blank.pairs, Pairs) and torch.isfinite(blank.avg_logp()).all()
+
+
+def test_trap_19_token_weights_of_a_two_token_example():
+    """A weight belongs to a row, a term may have a value per token: by hand, with completions of two tokens and of one."""
+    rows = [row(2, (2, 3), weight=2.0), row(1, (1, 1), weight=0.5)]
+    micro = build(rows, [0, 1], "pairs", 0)
+    token_logp = torch.tensor([-1.0, -3.0, -9.0, -9.0, -9.0, -4.0, -9.0], dtype=torch.float64)
+    logp = torch.zeros(4, dtype=torch.float64).index_add(0, micro.layout.token_edge, token_logp)
+    batch = replace(micro.layout, scores={"policy": {"token_logp": token_logp, "logp": logp}})
+    objective = CPO(nll_token_mean=True, alpha=1.0)
+    assert unit_weight(batch, objective(batch).terms[1]).tolist() == [2.0, 2.0, 0.5]
+    totals = total_weights(objective, micro.layout)
+    assert totals == {"preference": 2.5, "nll": 4.5}
+    _, shares = reduce_terms(batch, objective(batch), totals)
+    assert shares["nll"].item() == pytest.approx((2 * 1 + 2 * 3 + 0.5 * 4) / 4.5)
+
+
+@pytest.mark.parametrize("view", ["pairs", "unary", "groups"])
+def test_trap_28_what_belongs_together_stays_together(view):
+    """However a step is cut and dealt out, the completions of a row meet in one micro-batch, where an objective can compare them."""
+    rng = random.Random(view)
+    rows = [row(3, [rng.randint(1, 9) for _ in range(4)], "ranking_all", scores=[4.0, 3.0, 2.0, 1.0]) for _ in range(9)]
+    if view == "unary":
+        rows = [row(3, (4, 2)) for _ in range(9)]
+    for world, budget, layout in itertools.product((1, 2, 4), (1, 50, 10**6), LAYOUTS):
+        for part in itertools.chain(*split_step(rows, range(9), view, budget, world, layout)):
+            micro = build(rows, part, view, 0, filler=0)
+            assert len(micro.layout.lengths) == (len(part) or 1) * len(rows[0].tokens.branches)
+            if view == "groups":
+                assert micro.layout.groups.group.unique().tolist() == [4 * i for i in range(len(part))]

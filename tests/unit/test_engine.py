@@ -166,7 +166,7 @@ def test_trap_17_metrics_are_means_over_units_and_ties_count_half():
     assert tied.metrics["accuracy"] == 0.5 and tied.metrics["reward/margin"] == 0.0
 
 
-def test_kto_mismatched_edges_carry_no_gradient():
+def test_trap_18_mismatched_edges_carry_no_gradient():
     objective = KTO()
     rows = rows_for(objective, 4)
     with fresh_accelerator() as accelerator:
