@@ -137,7 +137,7 @@ def divide(pairs: list[Pair], held_out: int, per_prompt: int, left_out: Counter)
 
 def model_tokeniser(model: str) -> Callable[[Example], Tokens]:
     """The tokeniser of conf/model/`model`.yaml with its chat template, as a run would use it."""
-    from prefopt.policies.causal_lm import load_tokeniser
+    from prefopt.policies.loading import load_tokeniser
 
     cfg = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(MODELS / f"{model}.yaml"))
     return load_tokeniser(OmegaConf.to_object(cfg), DataConfig(name="pairs", source="files"), TrustConfig())

@@ -199,7 +199,7 @@ def micro(policy: Any, *examples: Example, view: str = "pairs") -> MicroBatch:
 
 def oracle(policy: CausalLM, ids: list[int], trained: list[bool]) -> list[float]:
     """Log-probs of the trained tokens of one sequence, alone and unpadded: softmax in float64, summed by `math.fsum`."""
-    with torch.no_grad():
+    with torch.no_grad(), policy.plainly():
         logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
     out = []
     for t, wanted in enumerate(trained):

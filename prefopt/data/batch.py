@@ -11,17 +11,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefopt.data.tokenise import Branch, Tokens
+from prefopt.errors import RunFailed
 from prefopt.objectives.base import Batch, Demonstrations, Groups, Pairs, Unary
 
 
 @dataclass
 class Row:
     """A tokenised example with what its views need. `mismatched` is another row's reply under this prompt. `stored` holds what a scorer
-    once said of each reply's trained tokens (log-probs, nats), for scorers that are not asked again.
+    once said of each reply, the mismatched ones last, for scorers that are not asked again: log-probs of its trained tokens, nats, or one
+    number for their sum.
     """
 
     tokens: Tokens
@@ -32,7 +35,7 @@ class Row:
     scores: list[float] | None = None
     desirable: list[bool] | None = None
     mismatched: list[Branch] | None = None
-    stored: dict[str, list[list[float]]] = field(default_factory=dict)
+    stored: dict[str, list[Sequence[float] | float]] = field(default_factory=dict)
 
     def branches(self, view: str) -> list[Branch]:
         """The completions that `view` reads."""
@@ -42,10 +45,13 @@ class Row:
         """The completions that are scored: those of `view`, then the mismatched ones."""
         return self.branches(view) + (self.mismatched or [])
 
-    def size(self, view: str, layout: str) -> tuple[int, int]:
-        """(sequences, tokens of the longest): an edge is a sequence in `rows`; in `trees` and `packed` they grow from one prompt."""
+    def size(self, view: str, layout: str, share: bool = True) -> tuple[int, int]:
+        """(sequences, tokens of the longest): in `rows` each edge is a sequence, in `trees` and `packed` all are one and may `share` a
+        prompt."""
         prompt, edges = len(self.tokens.prompt), [len(b.ids) for b in self.edges(view)]
-        return (len(edges), prompt + max(edges)) if layout == "rows" else (1, prompt + sum(edges))
+        if layout == "rows":
+            return len(edges), prompt + max(edges)
+        return 1, prompt * (1 if share else len(edges)) + sum(edges)
 
 
 @dataclass
@@ -63,7 +69,8 @@ class MicroBatch:
     rows: list[int]
     tree: Tensor  # [E]
     prompt: Tensor  # [E]
-    stored: dict[str, Tensor] = field(default_factory=dict)  # scorer -> [N] token log-probs that need not be computed
+    # scorer -> what need not be computed of it, by quantity: `token_logp` [N], or `logp` [E]
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -83,14 +90,15 @@ class MicroBatch:
             return self
         trained, lengths = self.trained[keep], self.layout.lengths[keep]
         token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        layout = Batch(lengths, token_edge, {})
+        layout, tokens = Batch(lengths, token_edge, {}), keep[self.layout.token_edge]
+        stored = {s: {q: t[tokens if q == "token_logp" else keep] for q, t in qs.items()} for s, qs in self.stored.items()}
         return MicroBatch(self.input_ids[keep], self.attention[keep], trained, layout, self.gradient[keep], self.rows, self.tree[keep],
-                          self.prompt[keep])
+                          self.prompt[keep], stored)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         layout = Batch(self.layout.lengths.to(device), self.layout.token_edge.to(device), {},
                        **self.layout.views(lambda _, t: t.to(device)))
-        stored = {scorer: t.to(device) for scorer, t in self.stored.items()}
+        stored = {scorer: {q: t.to(device) for q, t in qs.items()} for scorer, qs in self.stored.items()}
         tensors = (self.input_ids, self.attention, self.trained)
         return MicroBatch(*(t.to(device) for t in tensors), layout, self.gradient.to(device), self.rows, self.tree.to(device),
                           self.prompt.to(device), stored)
@@ -116,7 +124,7 @@ def step_rows(total: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def split_step(
-    rows: Sequence[Row], chosen: Sequence[int], view: str, budget: int, world: int, layout: str = "rows"
+    rows: Sequence[Row], chosen: Sequence[int], view: str, budget: int, world: int, layout: str = "rows", share: bool = True
 ) -> list[list[list[int]]]:
     """[rank][micro-batch] -> row numbers. All ranks get the same number of micro-batches; an empty one is a filler.
 
@@ -124,7 +132,7 @@ def split_step(
     tokens as their lengths allow, and these are made as equal as they can be. Tokens are what is computed: padding counts in the layouts
     that pad. A single row over the budget gets a micro-batch of its own.
     """
-    sizes = {r: rows[r].size(view, layout) for r in chosen}
+    sizes = {r: rows[r].size(view, layout, share) for r in chosen}
     by_length = sorted(chosen, key=lambda r: (-sizes[r][1], r))
     ranks: list[list[int]] = [[] for _ in range(world)]
     load = [0] * world
@@ -219,8 +227,8 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
         e, w = zip(*demonstrations, strict=True) if demonstrations else ((),) * 2
         layout.demonstrations = Demonstrations(_long(e), _float(w))
     gradient = torch.tensor([g for _, _, g in edges])
-    of = [rows[number].stored for number in chosen or [filler]]
-    stored = {scorer: _float([x for row in of for reply in row[scorer] for x in reply]) for scorer in of[0]}
+    of = [(number, rows[number]) for number in chosen or [filler]]
+    stored = {scorer: _stored(of, scorer, view, lengths) for scorer in sorted({s for _, row in of for s in row.stored})}
     prompt = _long([len(p) for p, _, _ in edges])
     return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen), _long(tree), prompt, stored)
 
@@ -247,6 +255,22 @@ def _unary(row: Row, first: int) -> list[tuple[int, bool, float]]:
     if row.label < 1:
         out += [(first, False, row.weight * (1 - row.label)), (last, True, row.weight * (1 - row.label))]
     return out
+
+
+def _stored(rows: Sequence[tuple[int, Row]], scorer: str, view: str, lengths: Tensor) -> dict[str, Tensor]:
+    """What a scorer once said of these rows' edges. Every reply must be there: what is missing is never made up or computed anew."""
+    replies: list[Sequence[float] | float] = []
+    for number, row in rows:
+        known, every = row.stored.get(scorer, ()), len(row.tokens.branches) + len(row.mismatched or ())
+        if len(known) != every:
+            raise RunFailed(f"row {number} has stored scores of `{scorer}` for {len(known)} of its {every} replies")
+        replies += [*known[: len(row.branches(view))], *known[len(row.tokens.branches) :]]
+    if isinstance(replies[0], float):
+        return {"logp": _float(replies)}
+    counts = [len(reply) for reply in replies]
+    if counts != lengths.tolist():
+        raise RunFailed(f"rows {[number for number, _ in rows]} have stored scores of `{scorer}` for other tokens than they train")
+    return {"token_logp": torch.from_numpy(np.concatenate([np.asarray(reply, dtype=np.float32) for reply in replies]))}
 
 
 def _long(values) -> Tensor:

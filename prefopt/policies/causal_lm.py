@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.schema import DataConfig, ModelConfig, SamplerConfig, TrustConfig
 from prefopt.data.batch import MicroBatch, Row, build
 from prefopt.data.records import Example, Message
 from prefopt.data.tokenise import Branch, Tokeniser, Tokens
 from prefopt.errors import UserError
-from prefopt.policies.locate import Located, locate, plain
+from prefopt.policies import packed
+from prefopt.policies.compiled import compile_layers, eagerly
+from prefopt.policies.head import head_of, refuse_adapter_on_tied_head
+from prefopt.policies.layout import hidden_states
+from prefopt.policies.loading import add_lora, context_of, first_line, load_model, load_tokenizer
+from prefopt.policies.locate import Located, locate
 from prefopt.policies.logprob import Head, token_logprobs
-from prefopt.policies.trees import attention_mask, plant
 
-# How far two ways of scoring the same tokens may be apart, in nats: rounding of fp32, or of bf16 matrix products.
+# How far two ways of scoring the same tokens may be apart, in nats (reward models: in sizes of the hidden state): rounding of fp32, or of
+# bf16 matrix products.
 AGREEMENT = {"fp32": 1e-3, "bf16": 0.1}
 
 
@@ -36,10 +39,13 @@ class Reply:
 
 
 class LanguageModel(nn.Module):
-    """What a causal LM and a reward model have in common: a transformers model, its tokenizer, precision, LoRA, saving."""
+    """What a causal LM and a reward model have in common: a transformers model, its tokenizer, precision, LoRA, saving, and how a
+    micro-batch is laid out (`policies/layout.py`): a few tokens are scored in each wanted layout when the model is loaded, and what
+    differs from padded rows is not used.
+    """
 
     task = "CAUSAL_LM"  # PEFT's word for it
-    layout = "rows"  # how a micro-batch is computed: padded rows of edges, padded `trees` of shared prompts, or trees `packed` in one row
+    difference = "log-probs would differ by {:.2g} nats"
 
     def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
         super().__init__()
@@ -47,30 +53,126 @@ class LanguageModel(nn.Module):
         located = locate(cfg)
         self.source = {"path": cfg.path, "where": located.where, "revision": located.revision, "fingerprint": located.fingerprint()}
         print(f"model: {located.where}", file=sys.stderr)
-        self.tokenizer = _load_tokenizer(located, trust)
+        self.tokenizer = load_tokenizer(located, trust)
         frozen = torch.bfloat16 if precision == "bf16" and cfg.lora.enabled else torch.float32
         self.model = self.load(located, trust, frozen, seed).to(device)
-        self.tokeniser = Tokeniser(self.tokenizer, data, _context(self.model.config), cfg.chat_template, cfg.thinking)
+        self.tokeniser = Tokeniser(self.tokenizer, data, context_of(self.model.config), cfg.chat_template, cfg.thinking)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         if cfg.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # by position: the argument's name has changed along with the method's
         if cfg.lora.enabled:
-            self.model = _add_lora(self.model, cfg, seed, self.task)
+            self.model = add_lora(self.model, cfg, seed, self.task)
+        config = self.inner.config.get_text_config()
+        self.attention = packed.plain_attention(config, cfg.attention)
+        self.kernel = packed.packed_kernel(config, cfg.attention, device, precision, cfg.dropout)
+        self.layout, self.share = "rows", False
+        if cfg.compile:
+            compile_layers(self.decoder, device)
         self.train()  # transformers hands models over in evaluation mode; dropout, if asked for, is for training
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
         """The model in `located`, without an adapter."""
-        model, missing = _load_model(located, self.cfg, trust, dtype)
+        model, missing = load_model(located, self.cfg, trust, dtype)
         if missing:
             raise UserError(f"{located.where} lacks weights ({', '.join(sorted(missing)[:3])}); it is no complete language model (a reward "
                             "model has no language head)")
         return model
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copy.deepcopy, which takes no compiled programs along."""
+        super().__setstate__(state)
+        if self.cfg.compile:
+            compile_layers(self.decoder, self.device)
+
     @property
     def inner(self) -> nn.Module:
         """The transformers model, with or without an adapter in its layers."""
         return self.model.get_base_model() if self.cfg.lora.enabled else self.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        return self.inner.get_decoder()
+
+    @property
+    def layout(self) -> str:
+        """How a micro-batch is computed: `rows`, `trees` or `packed`. Setting it sets the attention kernel."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self._layout = layout
+        self._attend(packed.NAMES[self.kernel] if layout == "packed" else self.attention)
+
+    def _attend(self, name: str) -> None:
+        """Has the layers compute attention by the function that transformers knows by this name, from now on: a backward pass with
+        checkpointing runs them again."""
+        if self.kernel:
+            packed.register()
+            self.inner.set_attn_implementation(name)
+
+    @contextmanager
+    def plainly(self):
+        """In it the transformers model can be called as any other: kernels of packed rows know neither masks nor caches."""
+        self._attend(self.attention)
+        try:
+            yield
+        finally:
+            self.layout = self.layout
+
+    def _choose_layout(self) -> None:
+        """The fastest of the layouts that are wanted and give the scores of padded rows."""
+        share = self.cfg.share_prompts
+        wanted = [("packed", share, f"model.attention={self.kernel}")] if self.kernel else []
+        if share:
+            wanted += [("trees", True, "model.share_prompts")]
+            wanted += [("packed", False, f"model.attention={self.kernel}, without shared prompts,")] if self.kernel else []
+        for layout, shared, key in wanted:
+            if self._agrees(key, layout=layout, share=shared):
+                return
+
+    @torch.no_grad()
+    def _agrees(self, key: str, **change: Any) -> bool:
+        """Whether a few tokens get the same scores after the `change` as by the plain way. It stays if so; if not, that is said."""
+        generator = torch.Generator().manual_seed(0)
+        size = self.inner.get_input_embeddings().weight.shape[0]
+        ids = [torch.randint(size, (n,), generator=generator).tolist() for n in (9, 5, 7, 6, 3, 4)]
+        rows = [Row(Tokens(ids[p], [Branch(r, [True] * len(r), True) for r in replies]), "pair")
+                for p, replies in ((0, ids[1:3]), (3, ids[4:]))]
+        micro, was_training = build(rows, [0, 1], "pairs", self.pad).to(self.device), self.training
+        before = {name: getattr(self, name) for name in change}
+        self.eval()
+        try:
+            with self.autocast(), eagerly(self.cfg.compile):
+                plain = self._probe(micro, plain=True)
+                self._set(change)
+                gap = float((self._probe(micro) - plain).abs().max())
+            reason = None if gap <= AGREEMENT[self.precision] else self.difference.format(gap)
+        except Exception as error:  # an architecture without one of the parts, or a kernel that takes no such mask
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self.train(was_training)
+        if reason:
+            self._set(before)
+            print(f"model: {key} is off for this model ({reason})", file=sys.stderr)
+        return reason is None
+
+    def _set(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def states(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """([P, d] hidden states, [N] places that predict the trained tokens, [E] places of the edges' last tokens)."""
+        attention = self.kernel if self.layout == "packed" else self.attention
+        config = self.inner.config.get_text_config()
+        return hidden_states(self.decoder, config, micro, self.pad, self.layout, attention, self.share)
+
+    @property
+    def placed(self) -> str:
+        """How prompts and completions are computed, in words."""
+        where = {"rows": f"in rows ({self.attention})", "trees": f"in trees ({self.attention})", "packed": f"packed ({self.kernel})"}
+        return f"{'shared' if self.share else 'repeated'} prompts {where[self.layout]}{', compiled layers' * self.cfg.compile}"
 
     @property
     def device(self) -> torch.device:
@@ -101,26 +203,24 @@ class LanguageModel(nn.Module):
 class CausalLM(LanguageModel):
     """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order.
 
-    Prompts are computed once for all of their completions (`policies/trees.py`) and logits are made in chunks (`policies/logprob.py`),
-    where the architecture allows it: a few tokens are scored both ways when the model is loaded, and what differs is not used.
+    Prompts are computed once for all of their completions (`policies/layout.py`) and logits are made in chunks (`policies/logprob.py`),
+    where the architecture allows it.
     """
 
     quantity = "token_logp"  # what `forward` returns
 
     def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
         super().__init__(cfg, data, trust, device, precision, seed)
-        self.share = self.fuse = False
+        refuse_adapter_on_tied_head(self.inner, f"model.lora.{'adapter' if cfg.lora.adapter else 'targets'}")
+        self.fuse = False
         self.fuse = cfg.fused_head and self._agrees("model.fused_head", fuse=True)
-        self.share = self.fuse and cfg.share_prompts and self._agrees("model.share_prompts", share=True)
-
-    @property
-    def layout(self) -> str:
-        return "trees" if self.share else "rows"
+        if self.fuse:
+            self._choose_layout()
 
     @property
     def scoring(self) -> str:
         """How log-probs are made, for the manifest."""
-        return f"{'shared' if self.share else 'repeated'} prompts, {'chunked' if self.fuse else 'full'} logits"
+        return f"{self.placed}, {'chunked' if self.fuse else 'full'} logits"
 
     def forward(self, micro: MicroBatch) -> Tensor:
         targets = micro.input_ids[:, 1:][micro.trained[:, 1:]]
@@ -128,21 +228,15 @@ class CausalLM(LanguageModel):
             return token_logprobs(self._hidden(micro), self._head(), targets) if self.fuse else self._from_logits(micro, targets)
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
-        """[N, D] the hidden states that predict the trained tokens."""
-        decoder, inputs = self.inner.get_decoder(), {"use_cache": False}
-        if self.share and len(micro.tree) > len(micro.tree.unique_consecutive()):
-            trees, config = plant(micro, self.pad), self.inner.config.get_text_config()
-            mask = attention_mask(trees, config, self.cfg.attention, torch.float32)
-            inputs |= {"input_ids": trees.input_ids, "position_ids": trees.positions, "attention_mask": mask}
-            return decoder(**inputs).last_hidden_state.flatten(0, 1)[trees.predict]
-        inputs |= {"input_ids": micro.input_ids, "attention_mask": micro.attention.long()}
-        return decoder(**inputs).last_hidden_state[:, :-1][micro.trained[:, 1:]]
+        """[N, d] the hidden states that predict the trained tokens."""
+        hidden, predict, _ = self.states(micro)
+        return hidden[predict]
+
+    def _probe(self, micro: MicroBatch, plain: bool = False) -> Tensor:
+        return self._from_logits(micro, micro.input_ids[:, 1:][micro.trained[:, 1:]]) if plain else self(micro)
 
     def _head(self) -> Head:
-        layer, config = self.inner.get_output_embeddings(), self.inner.config.get_text_config()
-        if type(layer) is not nn.Linear:  # an adapter or a quantised matrix, whose `weight` is not what multiplies
-            raise TypeError(f"its head is a {type(layer).__name__}")
-        return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+        return head_of(self.inner)
 
     def _from_logits(self, micro: MicroBatch, targets: Tensor) -> Tensor:
         """The plain way: rows of prompt and completion, all logits at once."""
@@ -154,31 +248,6 @@ class CausalLM(LanguageModel):
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-    @torch.no_grad()
-    def _agrees(self, key: str, **change: bool) -> bool:
-        """Whether a few tokens get the same log-probs after the `change` as by the plain way; says why if not."""
-        generator = torch.Generator().manual_seed(0)
-        size = self.inner.get_input_embeddings().weight.shape[0]
-        ids = [torch.randint(size, (n,), generator=generator).tolist() for n in (9, 5, 7, 6, 3, 4)]
-        rows = [Row(Tokens(ids[p], [Branch(r, [True] * len(r), True) for r in replies]), "pair")
-                for p, replies in ((0, ids[1:3]), (3, ids[4:]))]
-        micro, was_training = build(rows, [0, 1], "pairs", self.pad).to(self.device), self.training
-        self.eval()
-        try:
-            with self.autocast():
-                plain = self._from_logits(micro, micro.input_ids[:, 1:][micro.trained[:, 1:]])
-            vars(self).update(change)
-            gap = float((self(micro) - plain).abs().max())
-            reason = None if gap <= AGREEMENT[self.precision] else f"log-probs would differ by {gap:.2g} nats"
-        except Exception as error:  # an architecture without one of the parts, or a kernel that takes no such mask
-            reason = f"{type(error).__name__}: {_line(error)}"
-        finally:
-            vars(self).update(dict.fromkeys(change, False))
-            self.train(was_training)
-        if reason:
-            print(f"model: {key} is off for this model ({reason})", file=sys.stderr)
-        return reason is None
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
         """Ids of a prompt to sample from."""
@@ -211,7 +280,7 @@ class CausalLM(LanguageModel):
         inner = self.inner
         shipped, inner.generation_config = inner.generation_config, GenerationConfig()
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            with self.plainly(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 for i in range(0, len(prompts), sampler.batch_size):
                     replies += self._generate(prompts[i : i + sampler.batch_size], settings)
@@ -226,7 +295,7 @@ class CausalLM(LanguageModel):
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt):], mask[row, width - len(prompt):] = torch.tensor(prompt), 1
-        with self.autocast():
+        with self.autocast(), eagerly(self.cfg.compile):
             made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
         replies = []
         for new in made[:, width:].tolist():
@@ -234,129 +303,3 @@ class CausalLM(LanguageModel):
             kept = new if end is None else new[: end + 1]
             replies.append(Reply(kept, end is not None, self.decode(kept)))
         return replies
-
-
-def load_tokeniser(cfg: ModelConfig, data: DataConfig, trust: TrustConfig) -> Tokeniser:
-    """The tokeniser that `CausalLM` would have, without its weights."""
-    if cfg.path is None and cfg.name.startswith("tiny-lm"):
-        from prefopt.policies.tiny_lm import MODEL, build_tokenizer
-
-        return Tokeniser(build_tokenizer(), data, MODEL["max_position_embeddings"], cfg.chat_template, cfg.thinking)
-    located = locate(cfg, weights=False)
-    context = _context(_load_config(located, trust))
-    return Tokeniser(_load_tokenizer(located, trust), data, context, cfg.chat_template, cfg.thinking)
-
-
-def _context(config: Any) -> int:
-    """The longest sequence the model has positions for."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-
-
-def _load_tokenizer(located: Located, trust: TrustConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
-    except Exception as error:
-        raise _refusal("tokenizer", located, error) from error
-
-
-def _load_config(located: Located, trust: TrustConfig) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(located.folder, gguf_file=located.gguf_file, trust_remote_code=trust.remote_code)
-    except Exception as error:
-        raise _refusal("config", located, error) from error
-
-
-def _load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype, auto: str = "AutoModelForCausalLM",
-                **settings: Any) -> tuple[nn.Module, set[str]]:
-    """(model, names of weights that the folder does not have). `auto` is the class of transformers, `settings` go into its config."""
-    import transformers
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # the run has one progress line of its own
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
-    config = _load_config(located, trust)
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None) and cfg.attention != "eager":
-        # Some versions of transformers leave the cap out without a word, others refuse.
-        raise UserError(f"{located.where} caps its attention scores, which model.attention={cfg.attention} does not; "
-                        "set model.attention=eager")
-    fourbit = _four_bits() if cfg.quantize else {}
-    for name, value in settings.items():
-        setattr(config, name, value)
-    for part in (config, config.get_text_config()):
-        for name, value in list(vars(part).items()):
-            # Published checkpoints name it differently: attention_dropout, resid_pdrop, hidden_dropout, ...
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and ("dropout" in name or name.endswith("pdrop")):
-                setattr(part, name, cfg.dropout)
-            elif name == "layerdrop":
-                part.layerdrop = 0.0
-    try:
-        model, report = getattr(transformers, auto).from_pretrained(
-            located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=cfg.attention,
-            trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True, output_loading_info=True, **fourbit,
-        )
-        return plain(model) if located.gguf_file else model, set(report["missing_keys"])
-    except Exception as error:
-        raise _refusal("model", located, error) from error
-
-
-def _four_bits() -> dict[str, Any]:
-    """Loading straight into nf4 with double quantisation, computing in bf16: QLoRA's setting (arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
-    require_bitsandbytes()
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    # Quantising is work for the device that will hold the weights.
-    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
-
-
-def _refusal(what: str, located: Located, error: Exception) -> UserError:
-    if "trust_remote_code" in str(error):
-        return UserError(f"{located.where} wants to run its own Python code; allow it with trust.remote_code=true")
-    folder = Path(located.folder)
-    pickled = sorted(f.name for f in folder.glob("*.bin") if "model" in f.name)
-    if what == "model" and pickled and not any(folder.glob("*.safetensors")):
-        return UserError(f"{located.where} has its weights in {pickled[0]}, a pickle, which could run any code when it is loaded; "
-                         "prefopt loads safetensors only. If you trust it, load it with transformers and write it anew (save_pretrained).")
-    return UserError(f"the {what} of {located.where} cannot be loaded ({type(error).__name__}: {_line(error)})")
-
-
-def _add_lora(model: nn.Module, cfg: ModelConfig, seed: int, task: str) -> nn.Module:
-    """Adapters in fp32 on a frozen model; a fresh one starts as the identity. `task` is PEFT's type; SEQ_CLS trains the head too."""
-    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-
-    lora = cfg.lora
-    if lora.adapter:
-        folder = Path(lora.adapter).expanduser()
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(f"model.lora.adapter={lora.adapter}: no adapter_config.json there")
-        try:
-            config = PeftConfig.from_pretrained(str(folder))
-            config.lora_dropout = lora.dropout  # a saved adapter brings its own, often 0.1
-            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
-        except Exception as error:  # another base model's shapes, another kind of adapter, a damaged file
-            raise UserError(f"model.lora.adapter={lora.adapter} does not load ({type(error).__name__}: {_line(error)})") from error
-    else:
-        targets = lora.targets if lora.targets == "all-linear" else [t.strip() for t in lora.targets.split(",")]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                model = get_peft_model(
-                    model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
-                                      task_type=task)
-                )
-            except ValueError as error:
-                raise UserError(f"model.lora.targets={lora.targets}: {_line(error)}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefopt.config.schema import ModelConfig
 from prefopt.errors import UserError
-from prefopt.paths import cache_dir
+from prefopt.paths import cache_dir, store_dir
 
 
 @dataclass
@@ -31,13 +34,29 @@ class Located:
         if not folder.is_dir():
             return self.revision
         files = [folder / self.gguf_file] if self.gguf_file else sorted(folder.glob("*.safetensors"))
-        h = hashlib.sha256()
-        for file in files:
-            h.update(file.name.encode())
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 22):
-                    h.update(block)
-        return h.hexdigest() if files else None
+        return _digest(files) if files else None
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """sha256 over files and their names. Kept for files that have not changed since: reading many gigabytes takes a minute."""
+    seen = [(str(f.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns) for f in files for about in [f.stat()]]
+    known = store_dir() / "fingerprints" / hashlib.sha256(repr(seen).encode()).hexdigest()
+    with suppress(OSError):
+        return known.read_text()
+    h = hashlib.sha256()
+    for file in files:
+        h.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                h.update(block)
+    # A file that was written a moment ago could change again within a tick of the clock that its time is taken from.
+    if all(time.time_ns() - max(modified, changed) > 2e9 for _, _, modified, changed in seen):
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            known.parent.mkdir(parents=True, exist_ok=True)
+            part = known.with_name(f".{known.name}.{os.getpid()}.part")
+            part.write_text(h.hexdigest())
+            part.replace(known)
+    return h.hexdigest()
 
 
 def locate(cfg: ModelConfig, weights: bool = True) -> Located:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from prefopt.config.schema import DataConfig, TrustConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.errors import UserError
-from prefopt.policies.causal_lm import LanguageModel, _load_model
+from prefopt.policies.causal_lm import LanguageModel
+from prefopt.policies.loading import load_model
 from prefopt.policies.locate import Located
+from prefopt.policies.packed import KERNELS
 from prefopt.policies.tabular import Table
 
 # Beside a saved reward model: what decides how a text is rendered for it, and what an adapter belongs to.
@@ -31,10 +34,15 @@ class RewardModel(LanguageModel):
 
     quantity = "reward"  # what `forward` returns
     task = "SEQ_CLS"
+    difference = "hidden states would differ by {:.2g} of their size"
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._choose_layout()
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
         with _quiet(), torch.random.fork_rng(devices=[]):  # transformers draws the missing head unseeded, and warns; it is made here
-            model, missing = _load_model(located, self.cfg, trust, dtype, "AutoModelForSequenceClassification", num_labels=1)
+            model, missing = load_model(located, self.cfg, trust, dtype, "AutoModelForSequenceClassification", num_labels=1)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear):
             raise UserError(f"{located.where}: {type(model).__name__} has no linear head named score on its last token, so it cannot be "
@@ -50,17 +58,31 @@ class RewardModel(LanguageModel):
         head.float()
         return model
 
+    @property
+    def decoder(self) -> nn.Module:
+        return self.inner.base_model
+
+    @property
+    def scoring(self) -> str:
+        """How rewards are made, for the manifest."""
+        return self.placed
+
     def forward(self, micro: MicroBatch) -> Tensor:
-        inner = self.model.get_base_model() if self.cfg.lora.enabled else self.model
-        with self.autocast():
-            hidden = inner.base_model(
-                input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False
-            ).last_hidden_state  # [E, T, d]
-        places = torch.arange(micro.attention.shape[1], device=hidden.device)
-        last = (places * micro.attention).argmax(-1)
-        state = hidden[torch.arange(len(last), device=hidden.device), last]
+        state = self._last(micro)
         with torch.autocast(self.device.type, enabled=False):
-            return inner.score(state.float()).squeeze(-1)
+            return self.inner.score(state.float()).squeeze(-1)
+
+    def _last(self, micro: MicroBatch) -> Tensor:
+        """[E, d] the hidden states of the edges' last tokens."""
+        with self.autocast():
+            hidden, _, last = self.states(micro)
+        return hidden[last]
+
+    def _probe(self, micro: MicroBatch, plain: bool = False) -> Tensor:
+        """[E] those states along a random direction, in units of their size: the rewards of a fresh head are too small to tell by."""
+        state = self._last(micro).double().cpu()
+        direction = torch.randn(state.shape[1], generator=torch.Generator().manual_seed(0), dtype=state.dtype)
+        return state @ direction / state.norm(dim=1)
 
     def save(self, folder: Path) -> None:
         """A plain folder for AutoModelForSequenceClassification, or a PEFT adapter folder, with tokenizer, chat template and card."""
@@ -70,7 +92,8 @@ class RewardModel(LanguageModel):
         # a padding token it reads one row at a time, and rightly.
         self.model.config.get_text_config().pad_token_id = None if self.pad in self.tokeniser.ends else self.pad
         super().save(folder)
-        write_card(folder, {"model": asdict(self.cfg), "data": {key: getattr(self.tokeniser.cfg, key) for key in RENDERING}})
+        cfg = replace(self.cfg, attention="auto") if self.cfg.attention in KERNELS else self.cfg  # it may be used where there is none
+        write_card(folder, {"model": asdict(cfg), "data": {key: getattr(self.tokeniser.cfg, key) for key in RENDERING}})
 
 
 class RewardTable(Table):

@@ -57,7 +57,7 @@ class Table(nn.Module):
 class Tabular(Table):
     """log pi(y | x) = log_softmax(logits[x])[y]. Starts at the world's reference policy."""
 
-    layout = "rows"
+    layout, share = "rows", False
     quantity = "token_logp"  # what `forward` returns
 
     def forward(self, micro: MicroBatch) -> Tensor:

@@ -53,7 +53,7 @@ class LearnedReward:
     def __call__(self, examples: Sequence[Example]) -> list[float]:
         rows = [Row(self._tokens(e), "demonstration") for e in examples]
         out = [0.0] * len(rows)
-        for chosen in split_step(rows, range(len(rows)), "demonstrations", self.budget, 1, self.model.layout)[0]:
+        for chosen in split_step(rows, range(len(rows)), "demonstrations", self.budget, 1, self.model.layout, self.model.share)[0]:
             micro = build(rows, chosen, "demonstrations", self.model.pad).to(self.model.device)
             for row, reward in zip(chosen, self.model(micro).tolist(), strict=True):
                 out[row] = reward

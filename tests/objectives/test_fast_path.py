@@ -36,15 +36,17 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(logprob.CHUNK, "cpu", 400 * 7)
 
 
-def load(folder, objective: Objective, fast: bool, seed: int = 0):
+def load(folder, objective: Objective, layout: str, seed: int = 0):
     kind = RewardModel if "reward" in objective.quantities["policy"] else CausalLM
-    settings = model_config(folder, share_prompts=fast, fused_head=fast)
+    fast = layout != "rows"
+    settings = model_config(folder, share_prompts=fast, fused_head=fast, attention="varlen" if layout == "packed" else "sdpa")
     policy = kind(settings, data_config(), TrustConfig(), torch.device("cpu"), "fp32", seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in policy.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=generator)
     policy.to(torch.float64)
+    assert policy.layout == layout
     if kind is RewardModel:
         policy.inner.score.float()  # the one number per completion is computed in float32, on both paths
     return policy
@@ -108,15 +110,15 @@ def loss_and_gradients(policy, scorers, objective: Objective, micro):
     return loss.item(), {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in policy.trainable().items()}
 
 
+@pytest.mark.parametrize("layout", ["trees", "packed"])
 @pytest.mark.parametrize("slug", YAML)
-def test_trap_21_fast_equals_plain_in_float64(folder, slug):
+def test_trap_21_fast_equals_plain_in_float64(folder, slug, layout):
     """With the YAML's settings in every shape of batch, and with every combination of its switches."""
     objective, *variants = several(slug, draws=1)
-    fast, plain = load(folder, objective, True), load(folder, objective, False)
-    assert fast.layout != "rows", "nothing would be compared"
+    fast, plain = load(folder, objective, layout), load(folder, objective, "rows")
     others = {}
     if "reference" in objective.quantities:
-        others["reference"] = (load(folder, objective, True, seed=1), load(folder, objective, False, seed=1))
+        others["reference"] = (load(folder, objective, layout, seed=1), load(folder, objective, "rows", seed=1))
     moved, all_shapes = 0.0, shapes(objective)
     cases = [(objective, name) for name in all_shapes] + [(variant, "random lengths") for variant in variants]
     for objective, name in cases:

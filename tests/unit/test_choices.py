@@ -84,7 +84,7 @@ def test_show_and_list_know_adapters_and_hide_what_is_only_inherited():
     assert "model.quantize: 4bit" in catalogue.show_text("qlora")
     with pytest.raises(UserError, match="model=gemma2-2b-it adapter=qlora"):
         catalogue.show_text("gemma2-2b-it-qlora")
-    assert "model.attention: eager" in catalogue.show_text("gemma2-9b-it")
+    assert "model.attention: auto" in catalogue.show_text("gemma2-9b-it")
 
 
 # ---- four bits ----

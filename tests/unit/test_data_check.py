@@ -9,7 +9,7 @@ from prefopt.config.schema import DataCheckConfig, DataConfig, ModelConfig, Sour
 from prefopt.data.tokenise import Branch
 from prefopt.errors import UserError
 from prefopt.evaluation.data_check import MARKS, at_share, check_text, marked, percentiles
-from prefopt.policies import causal_lm
+from prefopt.policies import loading
 from tests.toy import data_config, model_config, save_model
 
 DPO, KTO, SFT = "prefopt.objectives.pairwise.DPO", "prefopt.objectives.unary.KTO", "prefopt.objectives.unary.SFT"
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def check(folder, tmp_path, monkeypatch):
     """Writes rows (dicts, or lines as they are) to a file and checks it; eval rows go to a second file."""
-    monkeypatch.setattr(causal_lm, "_load_model", None)  # the weights are never loaded
+    monkeypatch.setattr(loading, "load_model", None)  # the weights are never loaded
 
     def run(rows, eval_rows=(), algo=DPO, example=0, **settings):
         for name, content in (("train", rows), ("eval", eval_rows)):
@@ -224,7 +224,7 @@ def test_the_bandit_and_tiny_lm_need_no_file_and_no_weights(monkeypatch):
 
 
 def test_prompts_to_sample_from_are_enough_for_an_online_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(causal_lm, "_load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(3)))
 
     def checked(kind):

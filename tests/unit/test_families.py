@@ -113,7 +113,7 @@ def test_greedy_replies_are_the_most_likely_tokens_of_the_full_forward(family, f
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = list(prompt)
         for token in reply.ids:
-            with torch.no_grad():
+            with torch.no_grad(), p.plainly():
                 assert int(p.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
             ids.append(token)
         assert reply.finished or len(reply.ids) == 12
@@ -132,7 +132,7 @@ def test_a_saved_policy_is_a_plain_transformers_folder(family, folder, tmp_path)
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_a_softcap_that_the_kernel_would_leave_out_is_refused(attention, tmp_path):
     folder = save_model(tmp_path / "m", "gemma2")
-    with pytest.raises(UserError, match=f"which model.attention={attention} does not; set model.attention=eager"):
+    with pytest.raises(UserError, match=f"which model.attention={attention} does not; set model.attention=auto"):
         policy(folder, attention=attention)
 
 

@@ -8,7 +8,7 @@ import torch
 from prefopt.config.schema import ModelConfig, TrustConfig
 from prefopt.errors import UserError
 from prefopt.policies import locate as locate_module
-from prefopt.policies.causal_lm import load_tokeniser
+from prefopt.policies.loading import load_tokeniser
 from prefopt.policies.locate import locate
 from tests import toy
 from tests.toy import model_config, policy, save_model

@@ -112,7 +112,7 @@ def test_trap_06_log_probs_do_not_depend_on_the_pad_token(tmp_path, special):
 
 @torch.no_grad()
 def test_trap_07_bf16_logits_are_normalised_and_summed_in_fp32(llama):
-    p = policy(llama)
+    p = policy(llama, attention="sdpa", share_prompts=False)  # the same hidden states on both sides, to the bit
     p.precision = "bf16"
     micro = toy.micro(p, *ROWS)
     got = p(micro)
@@ -126,7 +126,7 @@ def test_trap_07_bf16_logits_are_normalised_and_summed_in_fp32(llama):
 
 
 def test_gradients_of_rows_that_are_not_asked_for_are_zero(llama):
-    p = policy(llama)
+    p = policy(llama, attention="sdpa")
     micro = toy.micro(p, *ROWS)
     embedded = []
     p.model.get_input_embeddings().register_forward_hook(lambda _, __, out: (out.retain_grad(), embedded.append(out))[0])
@@ -143,7 +143,8 @@ def test_gradient_equals_that_of_the_plain_path(llama):
     micro = toy.micro(p, *ROWS)
     weight = p.model.get_output_embeddings().weight
     (got,) = torch.autograd.grad(p(micro).sum(), weight)
-    logits = p.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False).logits
+    with p.plainly():
+        logits = p.model(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False).logits
     logp = logits[:, :-1].double().log_softmax(-1).gather(-1, micro.input_ids[:, 1:, None])[..., 0]
     (expected,) = torch.autograd.grad((logp * micro.trained[:, 1:]).sum(), weight)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
@@ -171,7 +172,8 @@ def plain_greedy(p, ids, count):
     """One prompt, no cache, no padding."""
     new = []
     while len(new) < count and not (new and new[-1] in p.tokeniser.ends):
-        new.append(int(p.model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+        with p.plainly():
+            new.append(int(p.model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
     return new
 
 
