@@ -16,10 +16,12 @@ HELP = f"""prefopt {__version__}: train, sweep and compare preference-optimisati
 usage: prefopt <command> [overrides]
 
   train [overrides]        one run, or with -m a sweep       prefopt train algo=simpo model=tiny-lm
+  plan [overrides]         memory, FLOPs and time of a run   prefopt plan algo=dpo model=llama3-8b hardware=8xgpu
   eval run=FOLDER          judge a finished run              prefopt eval run=runs/...
   sample run=FOLDER        let a trained policy answer       prefopt sample run=runs/... prompt="..."
   label [overrides]        rows relabelled by a reward model prefopt label reward.path=runs/rm data=... output=rows.jsonl
   compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
+  store ls|verify|gc       log-probs kept on disk            prefopt store ls
   list [group]             what there is                     prefopt list algo --view pairs
   show NAME                one algorithm, model or dataset   prefopt show dpo
   data check [overrides]   look at data as a model sees it   prefopt data check data=jsonl data.path=pairs.jsonl
@@ -31,7 +33,7 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "eval", "sample", "label", "compare", "list", "show", "data", "doctor", "completion")
+COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "store", "list", "show", "data", "doctor", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +53,7 @@ def dispatch(argv: list[str]) -> Any:
         print(help_text(command))
     elif command == "--version" or (command in COMMANDS and "--version" in rest):
         print(f"prefopt {__version__}")
-    elif command in ("train", "eval", "sample", "label"):
+    elif command in ("train", "plan", "eval", "sample", "label"):
         return _hydra(command, rest)
     elif command == "data":
         if rest[:1] != ["check"]:
@@ -62,6 +64,10 @@ def dispatch(argv: list[str]) -> Any:
         from prefopt.report.compare import main as compare
 
         compare(rest)
+    elif command == "store":
+        from prefopt.evaluation.store import main as store
+
+        store(rest)
     elif command == "list":
         from prefopt.config.catalogue import list_command
 

@@ -12,3 +12,9 @@ def cache_dir() -> Path:
         return Path(path).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "prefopt"
+
+
+def store_dir() -> Path:
+    """`$PREFOPT_STORE`, else `store` in the cache: what was computed once for any run. Not created here."""
+    path = os.environ.get("PREFOPT_STORE")
+    return Path(path).expanduser() if path else cache_dir() / "store"

@@ -16,6 +16,12 @@ def tiny_lm():
     return ensure_tiny_lm(progress=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory):
+    """Tests neither read nor fill the user's store. One for all tests of a process: what was stored once has the same bits in each run."""
+    os.environ["PREFOPT_STORE"] = str(tmp_path_factory.mktemp("store"))
+
+
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch, tmp_path):
     """No test reaches a hub or a tracker, or leaves runs where it was started."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefopt.config import catalogue
 from prefopt.config.completion import primary_groups
-from prefopt.config.schema import COMMANDS
+from prefopt.config.schema import COMMANDS, ReferenceConfig, config_of
 
 SWEEP = "\n  -m, --multirun       a sweep: one job for each combination of comma lists, as in -m algo=dpo,ipo seed=0,1,2"
 HYDRA_OPTIONS = """
@@ -21,11 +21,17 @@ EXAMPLES = {
   prefopt train -m algo=dpo,ipo seed=0,1,2                    a sweep
   prefopt train data=jsonl data.path=pairs.jsonl model=smollm2-135m
   prefopt train hydra.run.dir=runs/mine                       the run's folder; the same command continues a killed run""",
+    "plan": "examples\n  prefopt plan algo=dpo model=smollm2-135m data=jsonl data.path=pairs.jsonl\n"
+            "  prefopt plan model=llama3-8b hardware=8xgpu hardware.memory_gb=80 hardware.peak_tflops=989   for another machine",
     "eval": "example\n  prefopt eval run=runs/mine prompts=128 sampler=greedy",
     "sample": "example\n  prefopt sample run=runs/mine prompt=\"Tell me about the fox at the harbour.\" count=2",
     "label": "example\n  prefopt label reward.path=runs/rm data=jsonl data.path=pairs.jsonl output=labelled.jsonl labels=soft",
     "data_check": "example\n  prefopt data check data=jsonl data.path=pairs.jsonl model=smollm2-135m",
 }
+
+# Commands that have no file of their own in `conf/`.
+HEADERS = {"plan": ["prefopt plan: what a run would take in memory, FLOPs, time and disk, before anything is loaded. Takes what prefopt "
+                    "train takes."]}
 
 OTHERS = {
     "list": """prefopt list [GROUP] [--view VIEW] [--needs NEED]: what there is to choose from
@@ -41,6 +47,14 @@ OTHERS = {
 example
   prefopt train -m algo=dpo,ipo,simpo,kto seed=0,1,2 hydra.sweep.dir=runs/four
   prefopt compare runs/four""",
+    "store": """prefopt store ls | verify | gc [--limit-gb X] [--all]: the reference store, log-probs that are computed once for all runs
+
+  ls           whose log-probs are there: size, entries, when last used
+  verify       read all of it and list damaged files; exit code 1 if there are any
+  gc           remove damaged files, what killed runs left, and what was not used for longest beyond the limit ({limit:g} GB,
+               or --limit-gb); --all removes everything. What is missing is computed again by the next run that needs it
+
+The store is the folder $PREFOPT_STORE, by default ~/.cache/prefopt/store.""",
     "show": "prefopt show NAME: all about an algorithm, model, dataset, ...\n\nexample\n  prefopt show dpo",
     "doctor": "prefopt doctor: versions, devices, folders and keys of this machine; exit code 1 if something must be mended",
     "completion": 'prefopt completion bash|zsh|fish: a completion script\n\nexample\n  eval "$(prefopt completion bash)"',
@@ -51,16 +65,19 @@ def help_text(command: str) -> str:
     """Help of one command."""
     if command in OTHERS:
         words = {"groups": catalogue.GROUPS, "views": catalogue.VIEWS, "needs": catalogue.NEEDS}
-        return OTHERS[command].format(**{key: ", ".join(value) for key, value in words.items()})
+        limit = ReferenceConfig().store_limit_gb
+        return OTHERS[command].format(limit=limit, **{key: ", ".join(value) for key, value in words.items()})
     command = "data_check" if command == "data" else command
     assert command in COMMANDS
-    entries = catalogue.load_yaml(".", command)["defaults"]
+    config = config_of(command)
+    entries = catalogue.load_yaml(".", config)["defaults"]
     chosen = {key: value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
     names = catalogue.groups()
     rows = [(f"{g}={chosen[g] or ''}", ", ".join(names[g])) for g in primary_groups(command)]
-    keys = {k: line for k, line in catalogue.resolved_keys(".", command).items() if k.partition(".")[0] != "hydra"}
+    keys = {k: line for k, line in catalogue.resolved_keys(".", config).items() if k.partition(".")[0] != "hydra"}
     return "\n".join([
-        *catalogue.header(".", command), "", f"usage: prefopt {command.replace('_', ' ')} [options] [GROUP=NAME ...] [KEY=VALUE ...]",
+        *(HEADERS.get(command) or catalogue.header(".", config)), "",
+        f"usage: prefopt {command.replace('_', ' ')} [options] [GROUP=NAME ...] [KEY=VALUE ...]",
         "", "groups (with the default choice; prefopt show NAME lists the keys that a choice brings, such as algo.beta)",
         *catalogue.table(rows, "  "), "", "keys", *catalogue.keys_text(keys, "  "), "",
         "options (Hydra's; in any order with the overrides)" + (SWEEP if command == "train" else "") + HYDRA_OPTIONS, "", EXAMPLES[command],

@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 
 from prefopt.config import catalogue
-from prefopt.config.schema import CHOICES, COMMANDS, all_keys, nested
+from prefopt.config.schema import CHOICES, COMMANDS, all_keys, config_of, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "eval", "sample", "label", "compare", "list", "show", "data", "doctor", "completion", "--help", "--version")
+TOP = ("train", "plan", "eval", "sample", "label", "compare", "store", "list", "show", "data", "doctor", "completion",
+       "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
@@ -87,6 +88,8 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
         return SCRIPTS if len(before) == 1 else []
     if command == "compare":
         return [*_paths(current, folders=True), "--output", "--different-data"]
+    if command == "store":
+        return ["ls", "verify", "gc"] if len(before) == 1 else ["--limit-gb", "--all"] if before[1:2] == ["gc"] else []
     if command == "data" and len(before) == 1:
         return ["check"]
     command = "data_check" if command == "data" else command
@@ -140,7 +143,7 @@ def _type(command: str, key: str) -> str:
 @cache
 def primary_groups(command: str) -> tuple[str, ...]:
     """The groups of a command, in the order of its defaults list."""
-    entries = catalogue.load_yaml(".", command)["defaults"]
+    entries = catalogue.load_yaml(".", config_of(command))["defaults"]
     return tuple(key for entry in entries if isinstance(entry, dict) for key in entry if not key.startswith("override "))
 
 

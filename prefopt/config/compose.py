@@ -106,12 +106,27 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     if cfg.reference.policy == "base" and not model.lora.enabled:
         raise UserError("reference.policy=base is the model without its adapter, and there is none; use reference.policy=initial, "
                         "or a LoRA model")
+    if cfg.reference.store == "on" and (why := _no_store(cfg, info)):
+        raise UserError(f"reference.store=on: {why}; use reference.store=auto")
     if cfg.train.batch_size < info.min_batch:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: {info.name} needs at least {info.min_batch} rows per step")
     if model.quantize:
         require_bitsandbytes()
     if model.attention == "flash_attention_2" and (cfg.hardware.device == "cpu" or cfg.hardware.precision == "fp32"):
         raise UserError("model.attention=flash_attention_2 needs a GPU and hardware.precision=bf16; use model.attention=sdpa")
+    if model.attention == "flex" and cfg.hardware.device == "cpu":
+        raise UserError("model.attention=flex needs a GPU (FlexAttention has no backward pass elsewhere); use model.attention=auto")
+
+
+def _no_store(cfg: Any, info: ObjectiveInfo) -> str:
+    """Why the reference's log-probs cannot be computed once and kept; empty if they can."""
+    if cfg.reference.refresh != "never":
+        return f"the reference moves (reference.refresh={cfg.reference.refresh})"
+    if cfg.source.kind != "offline":
+        return f"source={cfg.source.kind} trains on replies that are not written yet"
+    if cfg.model.kind == "tabular":
+        return f"model={cfg.model.name} is a table, whose log-probs cost nothing"
+    return f"{info.name} trains a reward model, which has no reference" if info.scores_rewards else ""
 
 
 def check_quantize(model: Any) -> None:

@@ -34,11 +34,12 @@ class ModelConfig:
     thinking: bool = False
     learning_rate: float = 5e-7
     micro_batch_tokens: int = 4096
-    attention: str = "sdpa"
+    attention: str = "auto"  # auto | varlen | flex | sdpa | eager | flash_attention_2
     dropout: float = 0.0
     gradient_checkpointing: bool = False
     share_prompts: bool = True
     fused_head: bool = True
+    compile: bool = False
     quantize: Optional[str] = None  # 4bit
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -89,6 +90,9 @@ class HardwareConfig:
     processes: int = 1
     precision: str = "fp32"  # fp32 | bf16
     threads: Optional[int] = None
+    memory_gb: Optional[float] = None
+    peak_tflops: Optional[float] = None
+    mfu: float = 0.4
 
 
 @dataclass
@@ -128,6 +132,8 @@ class SourceConfig:
 class ReferenceConfig:
     policy: str = "initial"  # initial | base
     refresh: str = "never"  # never | round
+    store: str = "auto"  # auto | on | off
+    store_limit_gb: Optional[float] = 20.0
 
 
 @dataclass
@@ -191,7 +197,7 @@ class TrainConfig:
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.kind": ("causal_lm", "tabular"),
     "model.quantize": ("4bit",),
-    "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "model.attention": ("auto", "varlen", "flex", "sdpa", "eager", "flash_attention_2"),
     "data.source": ("tiny_feedback", "bandit", "hub", "files"),
     "data.rows": ("helpsteer2", "nectar", "pku-better", "pku-safer", "shp", "ultrafeedback"),
     "data.on_bad_row": ("stop", "skip"),
@@ -206,6 +212,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "source.labels": ("best", "sampled"),
     "reference.policy": ("initial", "base"),
     "reference.refresh": ("never", "round"),
+    "reference.store": ("auto", "on", "off"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "resume": ("auto", "never"),
     "split": ("train", "eval"),
@@ -231,11 +238,15 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.epochs", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.threads", "x is None or x >= 1", "at least 1, or null"),
+    ("hardware.memory_gb", "x is None or x > 0", "above 0, or null"),
+    ("hardware.peak_tflops", "x is None or x > 0", "above 0, or null"),
+    ("hardware.mfu", "0 < x <= 1", "a share of the peak, in (0, 1]"),
     ("tracker.init_timeout", "x > 0", "above 0"),
     ("sampler.temperature", "x >= 0", "0 (greedy) or more"),
     ("sampler.top_p", "0 < x <= 1", "in (0, 1]"),
     ("sampler.max_new_tokens", "x >= 1", "at least 1"),
     ("sampler.batch_size", "x >= 1", "at least 1"),
+    ("reference.store_limit_gb", "x is None or x >= 0", "0 or more, or null"),
     ("optim.lr", "x > 0", "above 0"),
     ("optim.warmup", "0 <= x < 1", "a share of the steps, in [0, 1)"),
     ("optim.weight_decay", "x >= 0", "0 or more"),
@@ -295,7 +306,15 @@ class LabelConfig:
     output: str = REQUIRED
 
 
-COMMANDS = {"train": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig, "label": LabelConfig}
+COMMANDS = {
+    "train": TrainConfig, "plan": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig,
+    "label": LabelConfig,
+}  # fmt: skip
+
+
+def config_of(command: str) -> str:
+    """The file in `conf/` that a command is composed from."""
+    return "train" if command == "plan" else command
 
 
 def nested(f: Field) -> type | None:

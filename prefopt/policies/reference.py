@@ -1,16 +1,17 @@
-"""Who the log-ratios are taken against, and how its scores are got: adapter off, or a frozen copy."""
+"""Who the log-ratios are taken against, and how its scores are got: stored, adapter off, a frozen copy, or loaded when needed."""
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from prefopt.data.batch import MicroBatch
-from prefopt.errors import UserError
+from prefopt.errors import RunFailed, UserError
 
 Provider = Callable[[MicroBatch], Tensor]
 
@@ -36,6 +37,15 @@ class AdapterOff:
                 return self.policy(micro)
         finally:
             self.policy.train(was_training)
+
+
+class AsLoaded(AdapterOff):
+    """The policy itself, before its first step."""
+
+    how = "policy as loaded"
+
+    def active(self) -> AbstractContextManager:
+        return nullcontext()
 
 
 class AdapterCopy(AdapterOff):
@@ -102,6 +112,38 @@ class FrozenCopy:
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.frozen.load_state_dict(state, strict=False)
+
+
+class Stored:
+    """Scores that micro-batches bring along (`MicroBatch.stored`); there is nobody to ask for others."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        raise RunFailed(f"rows {micro.rows} have no scores in the reference store, and are not scored anew on the way; "
+                        "reference.store=off keeps a reference in memory")
+
+
+class Reloaded:
+    """A second model that is loaded when it is first asked and kept until `release`: for scores that are wanted now and then."""
+
+    how = "loaded for each evaluation"
+
+    def __init__(self, load: Callable[[], nn.Module]):
+        self.load, self.model = load, None
+
+    @torch.no_grad()
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        if self.model is None:
+            self.model = self.load().eval().requires_grad_(False)
+        return self.model(micro)
+
+    def release(self) -> None:
+        self.model = None
+        gc.collect()  # a model's parts point at each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def make_reference(policy: nn.Module, which: str, moves: bool = False, name: str = "reference") -> AdapterOff | FrozenCopy:

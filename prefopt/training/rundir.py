@@ -22,13 +22,14 @@ from prefopt.errors import UserError, nearest
 from prefopt.tracking.redact import redact
 
 # Keys that may change between the first start and a resume: they decide where and how a run goes, not what it computes.
-NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware")
+NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware", "reference.store", "reference.store_limit_gb")
 PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hydra-core", "omegaconf", "wandb")
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that a resumed run must share."""
-    return {k: v for k, v in config.items() if k not in NOT_IDENTITY}
+    blocks = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
+    return {k: {n: x for n, x in v.items() if f"{k}.{n}" not in NOT_IDENTITY} if isinstance(v, dict) else v for k, v in blocks.items()}
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -118,9 +119,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "") -> None:
-    """One small JSON file that says how far the run is."""
-    status = {"state": state, "step": step, "total_steps": total, "seconds": round(seconds, 3), "message": redact(message)}
+def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "", speed: dict | None = None) -> None:
+    """One small JSON file that says how far the run is, and how fast it was on average."""
+    status = {"state": state, "step": step, "total_steps": total, "seconds": round(seconds, 3), "message": redact(message),
+              "speed": speed or {}}
     write_atomic(folder / "status.json", json.dumps(status, indent=2))
 
 

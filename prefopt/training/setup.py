@@ -17,7 +17,6 @@ from prefopt.data.sources import Split, load_data
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
-from prefopt.policies.reference import make_reference
 from prefopt.rewards.true_reward import make_rewards
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.tracking.trackers import Guarded
@@ -25,8 +24,10 @@ from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
 from prefopt.training.online import OnlineSource
+from prefopt.training.reference import make_references
 from prefopt.training.rundir import plain_config
 from prefopt.training.source import OfflineSource
+from prefopt.training.throughput import find_peak, machine, unit
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Run:
     held_out: Dataset
     total_steps: int
     reference_is_initial: bool
+    unit: str  # what a row of the data is: pairs, completions, prompts or rows
+    peak: float | None  # FLOP/s of one device; None where the model's FLOPs are unknown
     about: dict[str, Any]
 
     @property
@@ -96,18 +99,14 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     if len(train.rows) < objective.min_batch:
         raise UserError(f"{len(train.rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
 
-    reference = start = None
-    moves = cfg.reference.refresh != "never"
-    kl = cfg.evaluation.kl and quantity != "reward"  # it is a measure of samples
-    if "reference" in objective.quantities or kl:
-        reference = make_reference(policy, cfg.reference.policy, moves)
     is_initial = cfg.reference.policy == "initial" or not cfg.model.lora.adapter
-    if kl:  # KL is to the policy the run started from, whatever the objective's reference is
-        start = reference if is_initial and not moves else make_reference(policy, "initial", name="start")
-    engine = Engine(policy, objective, reference, cfg.optim, accelerator, moves)
     make = dict(view=objective.view, budget=cfg.train.micro_batch_tokens, pad=policy.pad, soft_labels="label" in objective.columns,
-                seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes, layout=policy.layout)
+                seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes, layout=policy.layout,
+                share=policy.share)
     source = OfflineSource([] if online else train.rows, batch_size=cfg.train.batch_size, **make)
+    steps = 0 if online else cfg.train.steps or source.steps(cfg.train.epochs)
+    references = make_references(cfg, policy, objective, source, [] if as_prompts["eval"] else held_out.rows, steps, accelerator)
+    engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never")
     if online:
         source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,
                               folder, source)
@@ -115,10 +114,13 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     if held_out.rows and not as_prompts["eval"]:
         held_out_source = OfflineSource(held_out.rows, batch_size=len(held_out.rows), **{**make, "view": view})
     judge = Judge(engine, held_out_source, unique_prompts(held_out, cfg.evaluation.prompts), cfg.sampler, cfg.seed,
-                  rewards, start)
+                  rewards, references.initial)
+    peak, peak_from = find_peak(cfg.hardware, accelerator.device) if engine.kind.shape else (None, None)
     about = {
-        "device": str(accelerator.device), "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-        "precision": cfg.hardware.precision, "reference": reference.how if reference else "none", "model": policy.source,
+        "device": str(accelerator.device), "machine": machine(accelerator.device),
+        "peak": peak and {"tflops": float(f"{peak / 1e12:.4g}"), "from": peak_from},
+        "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+        "precision": cfg.hardware.precision, "model": policy.source, **references.about,
         "scoring": getattr(policy, "scoring", None),
         "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in rewards.items()},
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
@@ -127,7 +129,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "data": {s.name: {"sha256": s.digest(), "revision": s.revision, **d.stats} for s, d in
                  ((train_split, train), (held_out_split, held_out))},
     }
-    return Run(cfg, folder, engine, source, judge, held_out, cfg.train.steps or source.steps(cfg.train.epochs), is_initial, about)
+    return Run(cfg, folder, engine, source, judge, held_out, cfg.train.steps or source.steps(cfg.train.epochs), is_initial,
+               unit(objective.view, {row.kind for row in train.rows}, online), peak, about)
 
 
 def say_rejected(*parts: Split | Dataset) -> None:

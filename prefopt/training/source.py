@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from prefopt.data.batch import MicroBatch, Row, build, split_step, step_rows
 
@@ -21,7 +22,9 @@ class OfflineSource:
     seed: int | str
     rank: int = 0
     world: int = 1
-    layout: str = "rows"  # how the policy lays a micro-batch out
+    layout: str = "rows"  # how the policy lays a micro-batch out, and whether it computes a shared prompt once
+    share: bool = True
+    waited: ClassVar = 0.0  # seconds that the last `step` spent on what is no training: none, its rows are there
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -38,8 +41,8 @@ class OfflineSource:
 
     def micro_batches(self, chosen: list[int], view: str) -> list[MicroBatch]:
         """This rank's share of the rows `chosen`; equally many micro-batches on every rank."""
-        mine = split_step(self.rows, chosen, view, self.budget, self.world, self.layout)[self.rank]
-        filler = min(chosen, key=lambda r: self.rows[r].size(view, self.layout))
+        mine = split_step(self.rows, chosen, view, self.budget, self.world, self.layout, self.share)[self.rank]
+        filler = min(chosen, key=lambda r: self.rows[r].size(view, self.layout, self.share))
         return [build(self.rows, part, view, self.pad, self.soft_labels, filler) for part in mine]
 
     def everything(self, view: str) -> list[MicroBatch]:

@@ -1,0 +1,90 @@
+"""`prefopt store ls | verify | gc`: the reference store on this machine. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefopt.config.schema import ReferenceConfig
+from prefopt.errors import UserError, nearest
+from prefopt.policies import store
+
+ACTIONS = ("ls", "verify", "gc")
+USAGE = "prefopt store ls | verify | gc [--limit-gb X] [--all]"
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line. `verify` exits with 1 if a shard is damaged."""
+    root, action, rest = store.reference_root(), argv[0] if argv else "", list(argv[1:])
+    if action not in ACTIONS:
+        said = f"unknown command 'store {action}'{nearest(action, ACTIONS)}" if action else "prefopt store is no command of its own"
+        raise UserError(f"{said} ({USAGE})")
+    if action == "gc":
+        print(collect(root, *_limit(rest)))
+        return
+    if rest:
+        raise UserError(f"prefopt store {action} takes nothing more, and was given {rest[0]} ({USAGE})")
+    if action == "ls":
+        print(listing(root))
+        return
+    count, broken = store.verify(root)
+    for path in broken:
+        print(f"damaged: {path}")
+    if broken:
+        print(f"{len(broken)} of {count} shards are damaged; `prefopt store gc` removes them, and their entries are computed again")
+        raise SystemExit(1)
+    print(f"{root}: {count} shards, all as they were written")
+
+
+def _limit(words: list[str]) -> tuple[float, bool]:
+    """(limit in GB, whether everything goes) of the command line of `gc`."""
+    limit, everything = ReferenceConfig().store_limit_gb, False
+    while words:
+        word = words.pop(0)
+        if word == "--all":
+            everything = True
+        elif word == "--limit-gb" or word.startswith("--limit-gb="):
+            text = word.partition("=")[2] or (words.pop(0) if words and word == "--limit-gb" else "")
+            try:
+                limit = float(text)
+            except ValueError:
+                limit = math.nan
+            if not 0 <= limit < math.inf:
+                raise UserError(f"--limit-gb {text}: it must be a number of gigabytes, 0 or more ({USAGE})")
+        else:
+            raise UserError(f"prefopt store gc does not know {word}{nearest(word, ('--limit-gb', '--all'))} ({USAGE})")
+    return limit, everything
+
+
+def listing(root: Path) -> str:
+    """One line per scorer, the most recently used first."""
+    found = store.scorers(root)
+    if not found:
+        return f"{root} holds nothing"
+    rows = [("scorer", "model", "precision", "entries", "shards", "size", "last used")]
+    for s in found:
+        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(s.last)) if s.last else "never"
+        model = s.model + (" with an adapter" if s.identity.get("adapter") else "")
+        precision = str(s.identity.get("precision", ""))
+        rows.append((s.folder.name[:12], model, precision, f"{s.entries:,}", str(s.shards), _size(s.bytes), last))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"{_size(sum(s.bytes for s in found))} in {root}"])
+
+
+def collect(root: Path, limit: float, everything: bool) -> str:
+    """Makes room, and says what went."""
+    gone = store.collect(root, 0.0 if everything else limit * 1e9)
+    words = {"damaged": "damaged shards", "stale": "files of killed writers", "evicted": "shards not used for longest"}
+    told = ", ".join(f"{len(gone[key])} {what}" for key, what in words.items())
+    return f"removed {told}; {_size(sum(s.bytes for s in store.scorers(root)))} left in {root}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

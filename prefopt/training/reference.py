@@ -1,0 +1,310 @@
+"""How a run gets its reference's scores: which way costs least, and the filling of the store before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from tqdm import tqdm
+
+from prefopt.config.schema import TrainConfig
+from prefopt.data.batch import Row, step_rows
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.errors import RunFailed, UserError
+from prefopt.objectives.base import Objective
+from prefopt.policies.load import load_policy
+from prefopt.policies.reference import AdapterOff, AsLoaded, Provider, Reloaded, Stored, make_reference
+from prefopt.policies.store import Store, entry_key, evict, reference_root
+from prefopt.training.engine import quantities
+from prefopt.training.rundir import differences
+from prefopt.training.source import OfflineSource
+
+CHUNK = 16  # micro-batches of a process to a shard: what a kill can cost, and how often the work of others is looked at
+ROOMIER = 4  # without gradients a GPU holds so many times the tokens of a training micro-batch
+
+
+@dataclass
+class References:
+    """`reference` is what the objective reads, `initial` what KL is measured against; `about` goes into the manifest."""
+
+    reference: Provider | None
+    initial: Provider | None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, source: OfflineSource, held_out: Sequence[Row],
+                    steps: int, accelerator: Accelerator) -> References:
+    """Call it before the first step and before a checkpoint is loaded, where the policy still stands where it starts.
+
+    With the store, the rows that `steps` of `source` visit, and those `held_out`, get the reference's scores as `stored["reference"]`.
+    """
+    which, moves, lora = cfg.reference.policy, cfg.reference.refresh != "never", cfg.model.lora
+    reads = "reference" in objective.quantities
+    kl = cfg.evaluation.kl and policy.quantity != "reward"  # it is a measure of samples
+    may_store = cfg.reference.store != "off" and cfg.model.kind != "tabular"
+    reload = may_store and not (lora.enabled or moves)  # a second model need not stay in memory
+    stored: Stored | None = None
+    about: dict[str, Any] = {}
+    if reads and may_store and cfg.source.kind == "offline":
+        stored, about = _store_or_not(cfg, policy, objective, source, held_out, steps, accelerator)
+    if stored:
+        reference = stored
+    elif reads or (kl and not reload):
+        reference = make_reference(policy, which, moves)
+    else:
+        reference = Reloaded(_loader(cfg, policy, accelerator)) if kl else None
+    initial = None
+    if kl:  # KL is to the policy the run started from, whatever the objective's reference is
+        if not stored and not moves and (which == "initial" or not lora.adapter):
+            initial = reference
+        else:
+            initial = Reloaded(_loader(cfg, policy, accelerator)) if stored and reload else make_reference(policy, "initial", name="start")
+    return References(reference, initial, {"reference": reference.how if reference else "none", **about})
+
+
+def _loader(cfg: TrainConfig, policy: nn.Module, accelerator: Accelerator) -> Callable[[], nn.Module]:
+    """Loads the policy that the run started from once more."""
+    model = replace(cfg.model, revision=policy.source["revision"] or cfg.model.revision)
+    expected = policy.source["fingerprint"]
+
+    def load() -> nn.Module:
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), redirect_stderr(io.StringIO()):  # what there is to say was said at the start
+            again = load_policy(model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed)
+        if again.source["fingerprint"] != expected:
+            raise UserError(f"the weights of {again.source['where']} have changed since the run started from them, so KL to them cannot be "
+                            "measured; put them back, or set evaluation.kl=false")
+        return again
+
+    return load
+
+
+# ---- what it would cost ------------------------------------------------------------------------------
+
+
+def visits(source: OfflineSource, steps: int) -> list[int]:
+    """How often each row of the source is in one of the first `steps` steps."""
+    total, size = len(source.rows), source.batch_size
+    epochs, rest = divmod(steps, -(-total // size))
+    out = [epochs] * total
+    if many := min(rest * size, total):
+        for row in step_rows(total, many, epochs * -(-total // many), source.seed):  # the rows that an epoch begins with
+            out[row] += 1
+    return out
+
+
+def evaluations(steps: int, every: int | None) -> int:
+    """How often a run of so many steps evaluates: at the start, every so often, and at the end."""
+    every = every or max(1, -(-steps // 5))
+    return 1 + steps // every + (steps % every != 0)
+
+
+def tree_tokens(row: Row) -> int:
+    """Tokens of a row, its prompt once."""
+    return len(row.tokens.prompt) + sum(len(b.ids) for b in replies_of(row))
+
+
+def replies_of(row: Row) -> list[Branch]:
+    """Everything that may be scored under a row's prompt, in the order of `Row.stored`."""
+    return [*row.tokens.branches, *(row.mismatched or ())]
+
+
+# ---- the store -----------------------------------------------------------------------------------------
+
+
+def identity_of(cfg: TrainConfig, policy: nn.Module) -> dict[str, Any]:
+    """Everything about the reference and the rendering of rows that its log-probs may depend on, in parts that people can read."""
+    of_adapter = cfg.reference.policy == "initial" and cfg.model.lora.adapter
+    tokeniser, data = policy.tokeniser, cfg.data
+    # Scoring has no dropout and no cache, and a folder may be moved.
+    config = {k: v for k, v in policy.inner.config.to_dict().items()
+              if "drop" not in k and k not in ("_name_or_path", "transformers_version", "use_cache")}
+    return {
+        "weights": policy.source["fingerprint"] or _hash((n, p) for n, p in policy.named_parameters() if "lora_" not in n),
+        "adapter": _hash(policy.trainable().items()) if of_adapter else None,
+        "architecture": _short(json.dumps(config, sort_keys=True, default=str)),
+        "tokenizer": _short(f"{tokeniser.adds_bos} {tokeniser.tokenizer.backend_tokenizer.to_str()}"),
+        "chat_template": _short(repr((tokeniser.template, tokeniser.thinking, sorted(tokeniser.ends)))),
+        "render": data.render,
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "max_completion_tokens": data.max_completion_tokens,
+        "on_long_prompt": data.on_long_prompt,
+        "context": tokeniser.context,
+        "precision": cfg.hardware.precision,
+        "dtype": str(policy.inner.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "quantize": cfg.model.quantize,
+        "attention": cfg.model.attention,
+        "scoring": policy.scoring,
+        "quantity": policy.quantity,
+    }
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _hash(tensors: Any) -> str:
+    """sha256 over named tensors, for weights that no file stands for."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        h.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        h.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def _store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, source: OfflineSource, held_out: Sequence[Row], steps: int,
+                  accelerator: Accelerator) -> tuple[Stored | None, dict[str, Any]]:
+    """Decides; fills the store and gives its scores to the rows if it is chosen. With a line about why. The main process reads and
+    writes, the others score their share."""
+    main, began = accelerator.is_main_process, _manifest(Path(cfg.run_dir))
+    often = visits(source, steps)
+    rows = [row for row, count in zip(source.rows, often, strict=True) if count] + list(held_out)
+    level = "tokens" if "token_logp" in objective.quantities["reference"] else "sums"
+    lora, identity = cfg.model.lora, identity_of(cfg, policy)
+    store, how, use, keys = None, "", False, []
+    if main:
+        if (known := began.get("store")) and (changed := differences(known["identity"], identity)):
+            raise UserError(f"{cfg.run_dir} began with another reference than this command gives it ({'; '.join(changed)}). Put back what "
+                            "has changed, or start anew in another hydra.run.dir.")
+        keys = [[entry_key(row.tokens.prompt, b.ids, b.mask) for b in replies_of(row)] for row in rows]
+        wanted = {key for row in keys for key in row}
+        store = Store(identity, wanted, level, policy.source["where"])
+        store.refresh()
+        missing = store.missing()
+        cost = sum(len(r.tokens.prompt) + sum(n) for r, ks in zip(rows, keys, strict=True)
+                   if (n := [len(b.ids) for b, key in zip(replies_of(r), ks, strict=True) if key in missing]))
+        live = sum(n * tree_tokens(row) for row, n in zip(source.rows, often, strict=True))
+        live += evaluations(steps, cfg.train.eval_every) * sum(tree_tokens(row) for row in held_out)
+        if cfg.reference.store == "on":
+            use = True
+        elif began:
+            use = known is not None  # a run goes on as it began
+        else:
+            use = not lora.enabled or cost < live  # without an adapter the alternative is a second model in memory
+        how = f"stored ({len(wanted) - len(missing):,} of {len(wanted):,} replies were there)"
+        spent = f"{cost:,} tokens to score now, {live:,} over the run without the store"
+        print(f"reference: {how if use else 'live'}; {spent}", file=sys.stderr)
+    use, how = _from_main((use, how), accelerator)
+    if not use:
+        return None, {}
+    filler = AdapterOff(policy) if lora.enabled and (cfg.reference.policy == "base" or not lora.adapter) else AsLoaded(policy)
+    fill(store, rows, keys, level, filler, source, accelerator)
+    values: list[list[Any]] = []
+    if main:
+        found = store.found
+        values = [[found[key] if level == "tokens" else float(found[key][0]) for key in row] for row in keys]
+        store.touch()
+        if cfg.reference.store_limit_gb is not None:
+            evict(reference_root(), cfg.reference.store_limit_gb * 1e9, keep=store.used)
+    values = _from_main(values, accelerator)
+    h = hashlib.sha256()
+    for row, scores in zip(rows, values, strict=True):
+        row.stored["reference"] = scores
+        for score in scores:
+            h.update(np.asarray(score, dtype=np.float32).tobytes())
+    about = {"store": {"identity": identity, "values_sha256": h.hexdigest()}}
+    if main and known and known["values_sha256"] != h.hexdigest():
+        print("reference: its scores were computed anew since the run began; they may differ by rounding, and so may what follows",
+              file=sys.stderr)
+    return Stored(how), about
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What a run that goes on has written when it began; empty for a fresh one."""
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def fill(store: Store | None, rows: Sequence[Row], keys: Sequence[Sequence[bytes]], level: str, filler: Provider, source: OfflineSource,
+         accelerator: Accelerator) -> None:
+    """Scores what the store lacks of `rows` (whose entries are called `keys`), chunk by chunk, one shard for each. `store` and `keys`
+    are the main process's; the others follow it.
+
+    Before each chunk the store is read again, and every process takes the chunks in an order of its own, so that runs which fill it at
+    the same time share the work; a run that is killed leaves its finished chunks.
+    """
+    roomy = accelerator.device.type == "cuda"
+    budget = source.budget * (ROOMIER if roomy else 1)
+    left = _chunks(store, rows, keys, CHUNK * budget * accelerator.num_processes) if store else iter(())
+    bar = tqdm(desc="reference", unit=" replies", total=len(store.missing()) if store else None, file=sys.stderr,
+               disable=not store or not store.missing(), mininterval=0.1 if sys.stderr.isatty() else 5.0)
+    with bar:
+        while True:
+            part = _from_main(next(left, None), accelerator)
+            if part is None:
+                return
+            scored = _score(part, rows, level, filler, replace(source, budget=budget, view="pairs", soft_labels=True), accelerator)
+            everyone = gather_object(scored) if accelerator.num_processes > 1 else scored
+            for row, _, values in everyone:
+                if not np.isfinite(values).all():
+                    raise RunFailed("the reference gives a reply a log-prob that is not finite (its prompt begins with the tokens "
+                                    f"{rows[row].tokens.prompt[:8]}); its weights or its precision are at fault")
+            if store:
+                entries = {keys[row][number]: values for row, number, values in everyone}
+                store.add(entries, {keys[row][number]: replies_of(rows[row])[number].trained for row, number, _ in everyone})
+                bar.update(bar.total - len(store.missing()) - bar.n)
+
+
+def _chunks(store: Store, rows: Sequence[Row], keys: Sequence[Sequence[bytes]], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """(row, numbers of its replies) that are still missing, in chunks of about so many tokens: rows of one length together, chunks in
+    random order. Which rows make a chunk follows from what was missing at the start."""
+    todo, planned = [], set()
+    for number, row in enumerate(keys):
+        if fresh := [i for i, key in enumerate(row) if key not in store.found and key not in planned]:
+            todo.append((number, fresh))
+            planned.update(row[i] for i in fresh)
+    todo.sort(key=lambda item: (-tree_tokens(rows[item[0]]), item[0]))
+    parts: list[list[tuple[int, list[int]]]] = []
+    room = 0
+    for item in todo:
+        if room <= 0:
+            parts.append([])
+            room = tokens
+        parts[-1].append(item)
+        room -= tree_tokens(rows[item[0]])
+    random.SystemRandom().shuffle(parts)
+    for part in parts:
+        store.refresh()
+        still = [(row, [i for i in numbers if keys[row][i] not in store.found]) for row, numbers in part]
+        if still := [(row, numbers) for row, numbers in still if numbers]:
+            yield still
+
+
+def _score(part: Sequence[tuple[int, list[int]]], rows: Sequence[Row], level: str, filler: Provider, source: OfflineSource,
+           accelerator: Accelerator) -> list[tuple[int, int, np.ndarray]]:
+    """This process's share of a chunk: (row, number of the reply, fp32 log-probs of its trained tokens or [1] for their sum)."""
+    asked = [Row(Tokens(rows[row].tokens.prompt, [replies_of(rows[row])[i] for i in numbers]), "pair") for row, numbers in part]
+    out = []
+    for micro in replace(source, rows=asked).everything("pairs"):
+        if not micro.rows:  # another process has one more
+            continue
+        micro = micro.to(accelerator.device)
+        made = quantities(filler(micro), micro.layout)
+        values = made["token_logp" if level == "tokens" else "logp"].float().cpu().numpy()
+        lengths = micro.layout.lengths.tolist() if level == "tokens" else [1] * len(micro.layout.lengths)
+        edges = [(part[place][0], number) for place in micro.rows for number in part[place][1]]
+        begin = 0
+        for (row, number), length in zip(edges, lengths, strict=True):
+            out.append((row, number, values[begin : begin + length].copy()))
+            begin += length
+    return out
+
+
+def _from_main(value: Any, accelerator: Accelerator) -> Any:
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

@@ -1,0 +1,102 @@
+"""`prefopt plan` from the command line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from prefopt.cli import main
+from prefopt.tracking.tracker import read_jsonl
+from prefopt.training import plan as planning
+from tests import toy
+from tests.toy_runs import FAST, train
+
+SMALL = ["hardware=cpu", "hardware.threads=1", "hardware.peak_tflops=0.1", "data.limit=64", "data.eval_limit=8"]
+
+
+def plan(capsys, *words: str, code: int = 0) -> str:
+    capsys.readouterr()
+    assert main(["plan", *SMALL, *words]) == code
+    out, err = capsys.readouterr()
+    return out if code == 0 else err
+
+
+def test_a_plan_says_what_a_run_takes(capsys, monkeypatch, tmp_path):
+    """And neither makes the model nor leaves anything behind."""
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("prefopt.policies.tiny_lm.ensure_tiny_lm", lambda *a: pytest.fail("weights were asked for"))
+    monkeypatch.chdir(tmp_path)
+    said = plan(capsys)
+    assert said.startswith("fits: ")
+    for words in ("0.6 M parameters", "64 rows", "weights", "activations of a micro-batch", "ideal", "executed", "padding",
+                  "sharing prompts", "reference store", "per step", "checkpoints"):
+        assert words in said
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "runs").exists()
+
+
+def test_the_work_is_that_of_the_run(capsys, tmp_path, tiny_lm):
+    """Ideal and executed FLOPs of a step, as the run counts them."""
+    seen = []
+    original = planning.estimate
+    words = ["train.steps=2", "algo=dpo", "data.limit=64"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefopt.training.plan_text.estimate", lambda *a: seen.append(original(*a)) or seen[-1])
+        plan(capsys, *words)
+    efforts = []
+    from prefopt.training.engine import Engine
+
+    step = Engine.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", lambda *a: efforts.append(result := step(*a)) or result)
+        assert train(tmp_path / "run", *[w for w in SMALL if w not in FAST], *words) == 0
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    work = seen[0].work
+    for name in ("useful", "executed", "tokens", "slots"):
+        assert getattr(work, name) == pytest.approx(sum(getattr(e.effort, name) for e in efforts) / 2), name
+
+
+def test_a_run_that_does_not_fit_is_told_what_would_help(capsys):
+    said = plan(capsys, "hardware.memory_gb=0.01")
+    assert said.startswith("does not fit: ") and "no change of" in said.splitlines()[0]
+    needs = [float(x) for x in re.findall(r"fits: ([\d.]+) MB of", plan(capsys, "train.batch_size=64"))]
+    limit = (needs[0] - 40) / 1000
+    said = plan(capsys, "train.batch_size=64", f"hardware.memory_gb={limit}").splitlines()[0]
+    change = re.search(r"it would with (.*) \(", said)[1]
+    assert change == "model.gradient_checkpointing=true"
+    assert plan(capsys, "train.batch_size=64", f"hardware.memory_gb={limit + 0.02}", *change.split()).startswith("fits: ")
+
+
+@pytest.mark.parametrize("words", [
+    ["adapter=lora"], ["algo=reward_bt"], ["algo=kto", "reference.store=off"], ["source=rounds", "algo=online_dpo"], ["algo=grpo",
+    "source=rollout"], ["algo=sft"], ["model.share_prompts=false", "model.fused_head=false"], ["model=bandit", "data=bandit"],
+], ids=" ".join)  # fmt: skip
+def test_every_kind_of_run_can_be_planned(capsys, words):
+    said = plan(capsys, *words)
+    assert said.startswith("fits: ")
+    assert ("is not counted" in said.replace("\n", " ") or "counted" in said) if any("source=" in w for w in words) else True
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_that_is_elsewhere(capsys):
+    said = plan(capsys, "hardware=8xgpu", "hardware.peak_tflops=null")
+    assert said.startswith("needs ") and "hardware.memory_gb" in said and "one packed row" in said
+    assert "set hardware.peak_tflops" in said
+    assert plan(capsys, "hardware=8xgpu", "hardware.memory_gb=80", "hardware.peak_tflops=989").startswith("fits: ")
+
+
+def test_a_model_by_its_config_alone(capsys, tmp_path):
+    folder = toy.save_model(tmp_path / "model")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert plan(capsys, f"model.path={folder}", "model=llama3-8b", "adapter=lora").startswith("fits: ")
+    shutil.rmtree(folder)
+    assert "there is no such folder" in plan(capsys, f"model.path={folder}", "model=llama3-8b", code=2)
+
+
+def test_bad_input_is_refused(capsys, tmp_path):
+    assert "hardware.mfu=2" in plan(capsys, "hardware.mfu=2", code=2)
+    assert "data.path" in plan(capsys, "data=jsonl", code=2)
+    assert "-m makes sweeps of prefopt train" in plan(capsys, "-m", "seed=0,1", code=2)
