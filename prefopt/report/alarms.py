@@ -96,9 +96,10 @@ def _reference(evals: list[Row], start: list[Row]) -> Alarm | None:
     kl = evals[0].get("kl") if evals and evals[0]["step"] == 0 else None
     if gap is None and kl is None:
         raise _Unchecked("needs an objective with a reference and train.self_check=true, or KL at step 0")
-    if (gap or 0.0) <= REFERENCE_NATS and abs(kl or 0.0) <= REFERENCE_NATS:
+    allowed = max(REFERENCE_NATS, start[0].get("allowed") or 0.0) if start else REFERENCE_NATS  # rounding of a stored reference
+    if (gap or 0.0) <= allowed and abs(kl or 0.0) <= REFERENCE_NATS:
         return None
-    if gap is not None and gap > REFERENCE_NATS:
+    if gap is not None and gap > allowed:
         found = f"Before the first step, log-probs of replies under the policy and under its reference differed by up to {number(gap)} nats"
         if {"loss", "theory"} <= start[0].keys():
             found += f", and the loss was {number(start[0]['loss'], 3)} instead of {number(start[0]['theory'], 3)}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from prefopt.report import speed
 from prefopt.report.alarms import alarms
 from prefopt.report.compare_results import Results
 from prefopt.report.compare_runs import Method, Run, dig
 from prefopt.report.plots import compact, finite
 
 FEW_PROMPTS = 30
+PEAKS_APART = 1.05  # of measured ones, which a busy machine lowers
 TOKENS_APART = 1.05  # seeds alone change the number of tokens by less
 
 
@@ -101,9 +103,25 @@ def _models(results: Results) -> list[str]:
         lines.append("reference.policy differs: KL is taken to different policies.")
     if any(differ(f"packages.{p}", manifest) for p in ("prefopt", "torch", "transformers")) or differ("git.commit", manifest):
         lines.append("The runs were made with different versions of the code (see their manifests).")
-    if any(differ(key, manifest) for key in ("device", "threads", "processes", "platform")):
-        lines.append("The runs were made on different hardware or threads, so their times cannot be compared.")
+    if any(differ(key, manifest) for key in ("device", "machine", "threads", "processes", "platform")):
+        lines.append("The runs were made on different hardware or threads, so their times, speeds, MFU and memory cannot be compared "
+                     f"({hardware_line(results)}).")
+    peaks = [p for run in results.runs if (p := finite(dig(run.manifest, "peak.tflops")))]
+    if peaks and max(peaks) > PEAKS_APART * min(peaks):
+        low, high = (f"{1000 * p:.3g}" for p in (min(peaks), max(peaks)))
+        lines.append(f"MFU is a share of different peaks ({low} to {high} GFLOP/s, see the manifests), so it cannot be compared; "
+                     "hardware.peak_tflops sets one for all.")
     return lines
+
+
+def hardware_line(results: Results) -> str:
+    """Which machine each method ran on, in words."""
+    found = {m.letter: sorted({speed.hardware(run.manifest) or "hardware unknown" for run in m.runs}) for m in results.methods}
+    kinds = list(dict.fromkeys(" and ".join(names) for names in found.values()))
+    if len(kinds) == 1:
+        return f"hardware: {kinds[0]}"
+    each = (f"{' '.join(letter for letter, names in found.items() if ' and '.join(names) == kind)}: {kind}" for kind in kinds)
+    return f"hardware differs: {'; '.join(each)}"
 
 
 def _rewards(results: Results) -> list[str]:

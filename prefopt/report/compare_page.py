@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.report import speed
 from prefopt.report.alarms import alarms
-from prefopt.report.compare_caveats import caveats, count
-from prefopt.report.compare_results import COSTS, MEASURES, Measure, Results
+from prefopt.report.compare_caveats import caveats, count, hardware_line
+from prefopt.report.compare_results import COSTS, MEASURES, SPEEDS, Measure, Results
 from prefopt.report.compare_runs import SAMPLED, Method, Run, dig
 from prefopt.report.compare_stats import MOST_RESAMPLES, RESAMPLES, RESAMPLES_PER_PAIR, Difference, Estimate, mean_interval
 from prefopt.report.page import render
@@ -22,6 +23,7 @@ COLOURS = 8
 # What stands side by side in a terminal.
 BLOCKS = (
     ("true_reward", "win_rate", "lc_win_rate", "kl"), ("accuracy", "ranking_accuracy", "length", "finished"), tuple(m.key for m in COSTS),
+    tuple(m.key for m in SPEEDS),
 )  # fmt: skip
 
 
@@ -51,9 +53,10 @@ class Table:
 
 
 def make_table(results: Results) -> Table:
-    columns = [m for m in (*MEASURES, *COSTS) if results.known(m.key)]
+    columns = [m for m in (*MEASURES, *COSTS, *SPEEDS) if results.known(m.key)]
     table = Table(columns)
-    for measure in (*MEASURES, *COSTS):
+    timed = SPEEDS if any(m in SPEEDS for m in columns) else ()  # runs of earlier versions have no speeds
+    for measure in (*MEASURES, *COSTS, *timed):
         if measure not in columns and measure.key != "samples":  # offline runs sample none, and nobody misses it
             reasons = list(dict.fromkeys(run.why_missing(measure.key) for run in results.runs))
             table.left_out.append(f"{measure.title} ({'; '.join(reasons)})")
@@ -65,6 +68,9 @@ def make_table(results: Results) -> Table:
         for m in columns:
             cell = _cell(m, estimates[m.key])
             cell.marks = _missing_mark(table, method, m, estimates[m.key])
+            counted = sorted({speed.unit(run.status) for run in method.runs} - {"pairs"})
+            if m.key == "rows_per_second" and estimates[m.key] and counted:
+                cell.marks = " ".join(filter(None, [cell.marks, table.mark(f"{m.title}: counted are {' or '.join(counted)}, not pairs.")]))
             cells.append(cell)
         table.rows.append((method, method.label, cells))
     return table
@@ -75,7 +81,7 @@ def _cell(measure: Measure, estimate: Estimate | None) -> Cell:
         return Cell("–")
     show = formatter(measure)
     text, ends = show(estimate.mean), [show(end) for end in (estimate.low, estimate.high) if end is not None]
-    if measure in COSTS:  # a range, left out where it says nothing
+    if measure in (*COSTS, *SPEEDS):  # a range, left out where it says nothing
         return Cell(text, f"{ends[0]} to {ends[1]}" if len(set(ends)) > 1 else "")
     return Cell(text, f"{ends[0]} to {ends[1]}" if ends else "")
 
@@ -119,7 +125,9 @@ def table(results: Results) -> str:
     notes = [f"{mark}: {text}" for text, mark in made.footnotes.items()]
     notes += [f"left out: {text}" for text in made.left_out]
     brackets = "[95 % interval over seeds and prompts; with one seed over prompts only]" if any(m in MEASURES for m in made.columns) else ""
-    figures = len(blocks) - any(m in COSTS for m in made.columns)
+    figures = len(blocks) - any(m in COSTS for m in made.columns) - any(m in SPEEDS for m in made.columns)
+    if any(m in SPEEDS for m in made.columns):
+        blocks[-1] += f"\nspeeds are averages over training steps; {hardware_line(results)}"
     parts = [*blocks[:figures], "\n".join(filter(None, [brackets, *notes])), *blocks[figures:], *_pair_lines(results)]
     warnings = caveats(results)
     parts += ["\n".join(["caveats:", *(f"  - {line}" for line in warnings)])] if warnings else []
@@ -351,6 +359,8 @@ def page(results: Results) -> str:
         has=lambda key: any(m.key == key for m in made.columns),
         measured=[m for m in made.columns if m in MEASURES],
         costs=[m for m in made.columns if m in COSTS],
+        speeds=[m for m in made.columns if m in SPEEDS],
+        hardware=hardware_line(results),
         swatches={m.letter: colour(i) for i, m in methods},
         rewards=matrix(results, results.rewards, 1, 2, sign=True),
         wins=matrix(results, results.wins, 100, 0, sign=False),
@@ -405,8 +415,9 @@ def latex(made: Table) -> str:
     def cell(c: Cell) -> str:
         return escaped(c.text) + (rf" {{\scriptsize [{escaped(c.under.replace(' to ', ', '))}]}}" if c.under else "")
 
-    heads = ["Method", "Seeds", *(f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in made.columns)]
+    shown = [i for i, m in enumerate(made.columns) if m not in SPEEDS]
+    heads = ["Method", "Seeds", *(f"{m.title}{f' ({m.unit})' if m.unit else ''}" for m in (made.columns[i] for i in shown))]
     lines = [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule", " & ".join(map(escaped, heads)) + r" \\", r"\midrule"]
     for method, label, cells in made.rows:
-        lines.append(" & ".join([escaped(label), str(len(method.seeds)) if method else "", *map(cell, cells)]) + r" \\")
+        lines.append(" & ".join([escaped(label), str(len(method.seeds)) if method else "", *(cell(cells[i]) for i in shown)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])

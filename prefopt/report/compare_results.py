@@ -20,7 +20,7 @@ class Measure:
     short: str  # the terminal's heading
     unit: str = ""
     scale: float = 1.0
-    decimals: int = 2
+    decimals: int | None = 2  # None: three digits or so
 
 
 MEASURES = (
@@ -36,6 +36,11 @@ MEASURES = (
 COSTS = (
     Measure("seconds", "Time", "time"), Measure("tokens", "Tokens", "tokens"), Measure("samples", "Sampled replies", "sampled replies"),
     Measure("flops", "Executed FLOPs", "executed FLOPs"),
+)  # fmt: skip
+SPEEDS = (
+    Measure("rows_per_second", "Pairs/s", "pairs/s", "", 1, None), Measure("tokens_per_second", "Tokens/s", "tokens/s", "", 1, None),
+    Measure("useful_mfu", "Useful MFU", "useful MFU %", "%", 100, 0), Measure("padding", "Padding", "padding %", "%", 100, 0),
+    Measure("peak_memory", "Peak memory", "peak memory GB", "GB", 1e-9, 1),
 )  # fmt: skip
 SHARES = ("win_rate", "lc_win_rate", "accuracy", "ranking_accuracy", "finished")
 NEVER_NEGATIVE = ("kl", "length")  # their intervals end at 0, whatever the spread between two seeds says
@@ -71,7 +76,7 @@ def measure(folders: Sequence[Path], allow_different_data: bool = False) -> Resu
     # Unpaired prompts are put beside each other in any order, which adds their variances as independent samples should.
     limit = None if paired else min(len(run.ids) for run in runs if run.ids)
     methods = group(runs, limit)
-    estimates = [{m.key: _estimate(method, m.key) for m in (*MEASURES, *COSTS)} for method in methods]
+    estimates = [{m.key: _estimate(method, m.key) for m in (*MEASURES, *COSTS, *SPEEDS)} for method in methods]
     order = sorted(range(len(methods)), key=lambda i: _rank(estimates[i]))  # the sort is stable: equals stay in order of their labels
     results = Results([methods[i] for i in order], runs, paired, data_differs, remarks, [estimates[i] for i in order])
     for i, method in enumerate(results.methods):
@@ -111,7 +116,7 @@ def _estimate(method: Method, key: str) -> Estimate | None:
     if key in SHARES:
         units = [dig(run.manifest, "data.eval.rows") for run in method.runs]
         return share_interval(means, min(units) if all(isinstance(n, int) for n in units) else None)
-    # Costs are known exactly: their range is shown, and no interval.
+    # Costs and speeds are known exactly: their range is shown, and no interval.
     everything = [value for values in of_seed.values() for value in values]
     return Estimate(sum(means) / len(means), min(everything), max(everything), len(means))
 

@@ -15,6 +15,7 @@ import yaml
 
 from prefopt.config.objective_source import read_objective
 from prefopt.errors import UserError, nearest
+from prefopt.report import speed
 from prefopt.report.compare_stats import by_seed
 from prefopt.report.estimators import length_controlled, wins
 from prefopt.report.plots import Row, finite, tidy
@@ -24,9 +25,9 @@ from prefopt.tracking.tracker import read_jsonl
 # Keys that do not change what is learnt: they name the run, say where and how it goes, or how much is written down.
 NEUTRAL = (
     "seed", "run_dir", "resume", "tracker", "hardware", "trust", "evaluation", "sampler.batch_size", "model.learning_rate",
-    "model.micro_batch_tokens", "model.gradient_checkpointing", "model.share_prompts", "model.fused_head", "train.micro_batch_tokens",
-    "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_skipped_steps", "train.self_check",
-    "data.on_bad_row",
+    "model.micro_batch_tokens", "model.gradient_checkpointing", "model.share_prompts", "model.fused_head", "model.compile",
+    "train.micro_batch_tokens", "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints",
+    "train.max_skipped_steps", "train.self_check", "data.on_bad_row", "reference.store", "reference.store_limit_gb",
 )  # fmt: skip
 NOT_NEUTRAL = ("hardware.precision",)
 # What decides which rows a run learnt from and was judged on.
@@ -116,7 +117,9 @@ class Run:
             return finite(self.status.get("seconds"))
         if key in ("tokens", "samples"):  # both count up
             return max((row[key] for row in self.train if key in row), default=None)
-        return flops(self)[0]
+        if key == "flops":
+            return flops(self)[0]
+        return speed.averages(self.status).get(key)
 
     def why_missing(self, key: str) -> str:
         """Why a quantity is not there, for a footnote."""
@@ -145,6 +148,7 @@ class Run:
             "accuracy": "the run reports no accuracy on pairs", "ranking_accuracy": "the run reports no ranking accuracy",
             "seconds": "status.json has no time", "tokens": "no training step was recorded",
             "samples": "trained on stored replies, none were sampled to learn from",
+            "useful_mfu": "the model's FLOPs are not known", "rows_per_second": "status.json has no speed",
         }.get(key, "not recorded")  # fmt: skip
 
 

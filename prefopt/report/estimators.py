@@ -83,9 +83,10 @@ def by_prompt(values: Sequence[float], prompts: Sequence[Hashable], weights: Seq
     return mean + len(place) / w.sum() * sums
 
 
-def wins(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
-    """1 where ours is larger, 0 where it is smaller, one half at a tie."""
-    return 0.5 * (1 + np.sign(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)))
+def wins(ours: Sequence[float], theirs: Sequence[float], tie: float = 0.0) -> np.ndarray:
+    """1 where ours is larger, 0 where it is smaller, one half at a tie: a difference of at most `tie`."""
+    ahead = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    return 0.5 * (1 + np.sign(ahead) * (np.abs(ahead) > tie))
 
 
 def length_controlled(won: np.ndarray, longer: np.ndarray) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from prefopt.errors import UserError
+from prefopt.report import speed
 from prefopt.report.alarms import GUIDE, Alarm, alarms, checked, count
 from prefopt.report.page import render, write_page
 from prefopt.report.plots import Row, change, compact, duration, finite, groups, number, tidy
@@ -114,7 +115,8 @@ def _cost(train: list[Row], evals: list[Row], status: dict) -> dict[str, float]:
         seconds = max((row["seconds"] for row in train + evals if "seconds" in row), default=None)
     tokens = max((row["tokens"] for row in train if "tokens" in row), default=None)
     speeds = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
-    found = {"seconds": seconds, "tokens": tokens, "speed": median(speeds) if speeds else None}
+    average = speed.averages(status).get("tokens_per_second", median(speeds) if speeds else None)
+    found = {"seconds": seconds, "tokens": tokens, "speed": average}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -284,8 +286,8 @@ def _render(config: dict, manifest: dict, status: dict, rows: list, samples: lis
         state=str(status.get("state") or "state unknown"),
         message=str(status.get("message") or ""),
         verdict=verdict(rows, status, samples),
-        figures=figures(rows, status),
-        groups=groups(tidy(rows, "train"), tidy(rows, "eval")),
+        figures=figures(rows, status) + speed.figures(status, manifest),
+        groups=[*groups(tidy(rows, "train"), tidy(rows, "eval")), speed.group(tidy(rows, "train"), status, manifest)],
         alarms=[found for _, found in checks if isinstance(found, Alarm)],
         guide=GUIDE.name,
         clear=[name for name, found in checks if found is None],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -18,17 +19,19 @@ from prefopt.objectives.base import Batch, Objective, reduce_terms, total_weight
 from prefopt.policies.reference import Provider
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.metrics import Averages, batch_metrics
+from prefopt.training.throughput import Effort, StepKind, count, kind_of, peak_memory
 
 
 @dataclass
 class StepResult:
-    """What a step did, over all ranks. `tokens` are those the policy computed: a prompt that is shared counts once."""
+    """What a step did, over all ranks. `memory`: most bytes that a rank has held so far."""
 
     loss: float
     grad_norm: float
     skipped: bool
-    tokens: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]
+    effort: Effort
+    memory: int
 
 
 def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
@@ -59,42 +62,54 @@ class Engine:
     def world(self) -> int:
         return self.accelerator.num_processes
 
+    @cached_property
+    def kind(self) -> StepKind:
+        """What decides the FLOPs of a step, beside its batch."""
+        return kind_of(self.policy, self.objective)
+
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
         """The quantities that the objective reads, for the edges of a micro-batch."""
-        made = {"policy": (model or self.model)(micro)}
+        kind, layout = self.policy.quantity, micro.layout
+        made = (model or self.model)(micro)
+        scores = {"policy": quantities(made, layout, kind)}
         for scorer in self.objective.quantities:
-            if scorer in micro.stored:
-                made[scorer] = micro.stored[scorer]
+            if scorer in micro.stored:  # token by token, or their sums
+                known = micro.stored[scorer]
+                scores[scorer] = quantities(known[kind], layout, kind) if kind in known else known
             elif scorer == "previous":  # nothing was stored: the policy has not moved since it wrote these replies
-                made[scorer] = made["policy"].detach()
+                scores[scorer] = quantities(made.detach(), layout, kind)
             elif scorer == "reference":
-                made[scorer] = self.reference(micro)
-        return replace(micro.layout, scores={s: quantities(t, micro.layout, self.policy.quantity) for s, t in made.items()})
+                scores[scorer] = quantities(self.reference(micro), layout, kind)
+        return replace(layout, scores=scores)
 
     def step(self, micros: Sequence[MicroBatch], lr: float) -> StepResult:
         """One update on this rank's micro-batches of a global step. All ranks must bring equally many."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        averages = Averages()
+        averages, effort = Averages(), count(micros, self.kind)  # counted before anything runs: nothing waits for the device
         backward = self._backward_coupled if self.objective.coupling == "global" else self._backward_local
-        loss = backward([m.to(self.accelerator.device) for m in micros], averages)
-        shared = getattr(self.policy, "share", False)
-        tokens = torch.tensor(float(sum(m.tree_tokens if shared else m.tokens for m in micros if m.rows)))
-        loss, tokens = self.sum_over_ranks(loss), self.sum_over_ranks(tokens)
+        loss = backward(micros, averages)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        # All that the host must know is read here, at once; it then prepares the next step while the device runs the update.
+        memory = [0.0] * self.world
+        memory[self.accelerator.process_index] = peak_memory(self.accelerator.device)
+        known = torch.tensor([*astuple(effort), *memory], dtype=torch.float64, device=loss.device)
+        metrics = averages.reduce(self.sum_over_ranks)
+        sums = self.sum_over_ranks(torch.cat([loss.reshape(1), known]))
+        norm, loss, *known = torch.cat([norm.reshape(1), sums]).tolist()
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(float(loss), float(norm), not finite, int(tokens), averages.reduce(self.sum_over_ranks))
+        return StepResult(loss, norm, not finite, metrics, Effort(*known[: -self.world]), int(max(known[-self.world :])))
 
     def _backward_local(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
         """Micro-batches one after the other: an objective that is a sum over units."""
-        totals = self.global_totals(micros)
+        totals = self.global_totals(micros)  # of micro-batches on the CPU, as all lengths are
         loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self._synced(last=i == len(micros) - 1):
-                batch = self.score(micro)
+                batch = self.score(micro.to(self.accelerator.device))
                 terms = self.objective(batch)
                 share, shares = reduce_terms(batch, terms, totals)
                 self.accelerator.backward(share * self.world)  # data parallelism averages gradients over ranks
@@ -106,7 +121,7 @@ class Engine:
         """An objective that needs all scores at once: score without gradient, differentiate the loss with respect to the scores,
         then run each micro-batch again with dL/dscore as the upstream gradient."""
         with torch.no_grad():
-            scored = [self.score(m) for m in micros]
+            scored = [self.score(m.to(self.accelerator.device)) for m in micros]
         local = join(scored)
         everyone = gather_batches(local, self.world)
         whole = join(everyone)
@@ -119,7 +134,7 @@ class Engine:
         before = everyone[: self.accelerator.process_index]
         edge, token = sum(len(b.lengths) for b in before), sum(len(b.token_edge) for b in before)
         for i, micro in enumerate(micros):
-            keep = micro.only(micro.gradient)
+            keep = micro.only(micro.gradient).to(self.accelerator.device)
             kept_tokens = micro.gradient[micro.layout.token_edge]
             with self._synced(last=i == len(micros) - 1):
                 live = quantities(self.model(keep), keep.layout, self.policy.quantity)

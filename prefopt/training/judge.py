@@ -19,12 +19,13 @@ from prefopt.data.batch import MicroBatch, Row
 from prefopt.data.records import Completion, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.objectives.base import Batch, unit_weight
-from prefopt.policies.reference import Provider
+from prefopt.policies.reference import Provider, Reloaded
 from prefopt.report.calibration import calibration, compared
 from prefopt.report.estimators import by_prompt, distinct, interval, kendall, length_controlled, wins
 from prefopt.rewards.true_reward import RewardFunction
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.engine import Engine, quantities
+from prefopt.training.metrics import TIE
 from prefopt.training.source import OfflineSource
 
 COMPARABLE = ("pair", "ranking", "ranking_all")  # kinds of rows in which one completion is preferred to another
@@ -99,6 +100,8 @@ class Judge:
                     out.samples = self._sample(step)
         finally:
             policy.train(was_training)
+            if isinstance(self.initial, Reloaded):
+                self.initial.release()
         if out.samples:
             if self.baseline is None and self.rewards:
                 self.baseline = {s["id"]: s for s in out.samples}
@@ -212,7 +215,7 @@ class Judge:
         if "rewards" in tables:
             chosen, rejected = sides("rewards")
             units |= {"reward/chosen": chosen, "reward/rejected": rejected, "reward/margin": chosen - rejected}
-            units["accuracy"] = wins(chosen, rejected)
+            units["accuracy"] = wins(chosen, rejected, TIE)
         if "policy" in tables:
             chosen, rejected = sides("policy")
             units |= {"logp/chosen": chosen, "logp/rejected": rejected}

@@ -19,11 +19,13 @@ from prefopt.report.run_report import write_report
 from prefopt.tracking.tracker import JsonlTracker, read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.engine import learning_rate
+from prefopt.training.plan_text import out_of_memory
 from prefopt.training.progress import Progress
 from prefopt.training.rundir import manifest, read_status, write_atomic, write_status
 from prefopt.training.selfcheck import self_check
 from prefopt.training.setup import Run, make_accelerator, make_trackers, set_up
 from prefopt.training.signals import StopSignals
+from prefopt.training.throughput import Speed
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class Log:
         self.run, self.cfg = run, run.cfg
         self.began, self.before = time.monotonic(), 0.0
         self.tokens = self.skipped = self.skipped_in_a_row = 0
-        self.window: list[tuple[float, int]] = []  # (time, tokens) of recent steps
+        self.speed = Speed(run.peak, run.engine.world, run.unit)
         self.last: dict[str, Any] = {}
         self.warned: set[str] = set()  # alarms that were said while the run goes on
         if run.main:
@@ -78,6 +80,7 @@ class Log:
             state = checkpoint.load(run.folder / "checkpoints", run.engine)
             step, self.before, self.tokens, self.skipped = state["step"], state["seconds"], state["tokens"], state["skipped"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
+            self.speed.load(state["speed"])
         if run.main:
             self.trackers = make_trackers(run, step)
             # Rows beyond the checkpoint will be made again; a fresh start leaves none.
@@ -89,22 +92,19 @@ class Log:
             first = [s for s in read_jsonl(run.folder / "samples.jsonl") if s["step"] == 0]
             if run.judge.rewards and first:
                 run.judge.baseline = {s["id"]: s for s in first}
-        self.progress = Progress(run.total_steps, step, run.main)
+        self.progress = Progress(run.total_steps, step, run.main, run.unit)
         self.began = time.monotonic()
         self.status("running", step)
+        self.speed.restart()
         return step
 
     def step(self, step: int, result: Any) -> None:
         """Writes a step's row; stops the run when too many steps in a row had to be skipped."""
-        now = time.monotonic()
-        self.tokens += result.tokens
-        self.window = [*self.window[-19:], (now, result.tokens)]
-        span = now - self.window[0][0]
+        self.tokens += int(result.effort.tokens)
         row = {
             "step": step, "seconds": self.seconds, "split": "train", "loss": result.loss, "grad_norm": result.grad_norm,
             "lr": learning_rate(step - 1, self.run.total_steps, self.cfg.optim), "tokens": self.tokens,
-            "tokens_per_second": sum(t for _, t in self.window[1:]) / span if span > 0 else None,
-            **result.metrics, **self.run.source.metrics,
+            **self.speed.step(result.effort, result.memory, self.run.source.waited), **result.metrics, **self.run.source.metrics,
         }
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.skipped += result.skipped
@@ -148,6 +148,7 @@ class Log:
             for tracker in self.trackers:
                 tracker.log_samples(table)
                 tracker.log_images(step, images)
+        self.speed.restart()
 
     def checked(self, measured: dict[str, float]) -> None:
         """Writes what the self-check measured before the first step, for the alarms."""
@@ -167,10 +168,12 @@ class Log:
             state = {
                 "step": step, "updates": checkpoint.updates(self.run.engine), "seconds": self.seconds, "tokens": self.tokens,
                 "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "threads": torch.get_num_threads(),
+                "speed": self.speed.state(),
             }
             checkpoint.save(self.run.folder / "checkpoints", self.run.engine, state, self.cfg.train.keep_checkpoints)
         self.status("running", step)
         self.run.engine.accelerator.wait_for_everyone()
+        self.speed.restart()
 
     def stopped(self, step: int, signal_name: str) -> dict[str, Any]:
         self.close("stopped", step, f"stopped by {signal_name}; the same command continues it")
@@ -189,12 +192,15 @@ class Log:
         try:
             yield
         except BaseException as error:
+            said = out_of_memory(self.run, error)
             if self.run.main:
                 step = read_status(self.run.folder).get("step", 0)
                 if isinstance(error, KeyboardInterrupt):  # a second signal, which does not wait for the step to end
                     self.close("stopped", step, "interrupted; the same command continues from the last checkpoint")
                 else:
-                    self.close("failed", step, f"{type(error).__name__}: {error}")
+                    self.close("failed", step, said or f"{type(error).__name__}: {error}")
+            if said:
+                raise RunFailed(said) from error
             raise
 
     def close(self, state: str, step: int, message: str) -> None:
@@ -216,7 +222,7 @@ class Log:
 
     def status(self, state: str, step: int, message: str = "") -> None:
         if self.run.main:
-            write_status(self.run.folder, state, step, self.run.total_steps, self.seconds, message)
+            write_status(self.run.folder, state, step, self.run.total_steps, self.seconds, message, self.speed.averages())
 
     def write(self, row: dict[str, Any]) -> None:
         self.metrics.log(row)

@@ -10,6 +10,10 @@ from torch import Tensor
 from prefopt.objectives.base import Batch, Objective, Terms
 
 
+# Margins below this are rounding (of log-probs computed in another batch, or read from the store) and count as ties.
+TIE = 1e-4
+
+
 class Averages:
     """Sums and counts by name, kept on the device until they are read."""
 
@@ -32,9 +36,9 @@ class Averages:
         names = sorted(self.sums)
         if not names:
             return {}
-        table = torch.stack([torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64).cpu() for n in names]),
-                             torch.tensor([float(self.counts[n]) for n in names], dtype=torch.float64)])
-        sums, counts = sum_over_ranks(table).tolist()
+        sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64) for n in names])
+        counts = torch.tensor([float(self.counts[n]) for n in names], dtype=torch.float64, device=sums.device)
+        sums, counts = sum_over_ranks(torch.stack([sums, counts])).tolist()
         return {n: s / c if c else s for n, s, c in zip(names, sums, counts, strict=True)}
 
 
@@ -65,7 +69,7 @@ def pair_metrics(objective: Objective, batch: Batch, averages: Averages) -> None
     averages.add("reward/chosen", chosen)
     averages.add("reward/rejected", rejected)
     averages.add("reward/margin", margin)
-    averages.add("accuracy", 0.5 * (1 + torch.sign(towards)))
+    averages.add("accuracy", 0.5 * (1 + torch.sign(towards) * (towards.abs() > TIE)))
     if logp is not None:
         averages.add("logp/chosen", logp[pairs.chosen])
         averages.add("logp/rejected", logp[pairs.rejected])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -52,6 +53,7 @@ class OnlineSource:
         self.steps_per_round = cfg.epochs * math.ceil(cfg.prompts / batches.batch_size)
         self.seed, self.round = batches.seed, -1
         self.metrics: dict[str, float] = {}  # of the round; `samples` counts replies since the start
+        self.waited = 0.0  # seconds that the last step spent on sampling and judging its round
 
     def steps(self, epochs: float) -> int:
         """Optimiser steps in so many passes over the prompts."""
@@ -60,6 +62,7 @@ class OnlineSource:
     def step(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimiser step `number` (from 0). The first step of a round samples it."""
         wanted, place = divmod(number, self.steps_per_round)
+        began = time.monotonic()
         if wanted != self.round:
             samples = self._read(wanted) if place else self._begin(wanted)
             rows = self._rows(samples, wanted)
@@ -72,6 +75,9 @@ class OnlineSource:
                 "samples": (wanted + 1) * len(samples),
             }
             self.round = wanted
+            if not place:
+                self.metrics["rollout/seconds"] = time.monotonic() - began
+        self.waited = time.monotonic() - began
         return self.batches.step(place)
 
     def _begin(self, number: int) -> list[Sample]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt.report.compare_page import table
+from prefopt.report.compare_page import page, table
 from prefopt.report.compare_results import measure
 from prefopt.report.estimators import length_controlled
 from tests.unit.test_compare import edit, make_run
@@ -83,3 +83,50 @@ def test_a_reward_models_opinion_is_no_true_reward(pair):
     assert "Some runs were judged by a known reward, others by a reward model" in table(measure(pair))
     edit(pair[1], "metrics.jsonl", renamed)
     assert "No true reward is known: what is called so here, and win rates, are a reward model's opinion" in table(measure(pair))
+
+
+SPEED = {"unit": "pairs", "steps": 98, "rows_per_second": 5.12, "tokens_per_second": 2340.4, "useful_mfu": 0.412, "hardware_mfu": 0.62,
+         "padding": 0.034, "peak_memory": 9.12e9}
+
+
+def timed(run: Path, speed: dict, **manifest) -> Path:
+    """The run, with these speeds in its status."""
+    for name, more in (("status", {"speed": speed}), ("manifest", manifest)):
+        path = run / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return run
+
+
+def test_speeds_stand_in_a_table_of_their_own_with_the_hardware(pair, tmp_path):
+    assert "pairs/s" not in table(measure(pair)), "runs of earlier versions have none, and nobody is told so five times"
+    cpu = {"device": "cpu", "machine": "A Fine CPU", "threads": 1, "processes": 1}
+    timed(pair[0], SPEED, **cpu)
+    timed(pair[1], SPEED | {"rows_per_second": 7.5, "peak_memory": 4e9}, **cpu)
+    results = measure(pair)
+    text = table(results)
+    assert re.search(r"method +pairs/s +tokens/s +useful MFU % +padding % +peak memory GB\nA +simpo +7.50 +2340 +41 +3 +4.0\nB", text)
+    assert "speeds are averages over training steps; hardware: A Fine CPU, 1 thread" in text and "different hardware" not in text
+    html = page(results)
+    assert "Table 3. How fast it was." in html and "Table 4. Difference in true reward" in html and "Table 5. Head-to-head" in html
+    assert "hardware: A Fine CPU, 1 thread" in html and "Useful MFU.</dt>" in html and "Useful MFU" not in html.partition("toprule")[2]
+    timed(pair[1], SPEED, device="cuda", machine="NVIDIA H200", threads=1, processes=2)
+    results = measure(pair)
+    said = ("The runs were made on different hardware or threads, so their times, speeds, MFU and memory cannot be compared "
+            "(hardware differs: A: 2 × NVIDIA H200; B: A Fine CPU, 1 thread).")
+    assert said in table(results) and said in page(results)
+
+
+def test_speeds_that_a_run_lacks_and_rows_that_are_no_pairs_are_said(pair):
+    timed(pair[0], {k: v for k, v in SPEED.items() if "mfu" not in k} | {"unit": "completions"})
+    timed(pair[1], SPEED)
+    text = table(measure(pair))
+    assert "Pairs/s: counted are completions, not pairs." in text
+    assert "Useful MFU: the model's FLOPs are not known." in text
+
+
+def test_shares_of_different_peaks_are_said(pair):
+    for run, tflops in zip(pair, (0.05, 0.051), strict=True):
+        timed(run, SPEED, peak={"tflops": tflops, "from": "a measured matrix product"})
+    assert "different peaks" not in table(measure(pair))
+    timed(pair[1], SPEED, peak={"tflops": 0.0181, "from": "a measured matrix product"})
+    assert "MFU is a share of different peaks (18.1 to 50 GFLOP/s, see the manifests), so it cannot be compared" in table(measure(pair))

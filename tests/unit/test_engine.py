@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from prefopt.data.tokenise import Branch, Tokens
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.unary import KTO, SFT
 from prefopt.training.engine import Engine, learning_rate
+from prefopt.training.metrics import Averages, pair_metrics
 from prefopt.training.setup import make_objective
 from prefopt.training.source import OfflineSource
 from tests.toy_runs import fresh_accelerator, gradients
@@ -164,6 +166,20 @@ def test_trap_17_metrics_are_means_over_units_and_ties_count_half():
         engine.reference = lambda m: engine.policy(m).detach()
         tied = engine.step(source_of(DPO(), rows, 10**6, batch=5).step(0), 0.0)
     assert tied.metrics["accuracy"] == 0.5 and tied.metrics["reward/margin"] == 0.0
+
+
+def test_trap_17_rounding_is_a_tie():
+    """Margins before the first step, where stored scores of the reference differ from the policy's by rounding."""
+    objective = DPO(beta=0.1)
+    (micro,) = source_of(objective, rows_for(objective, 6), 10**6, batch=6).step(0)
+    policy = -torch.rand(len(micro.layout.lengths), dtype=torch.float64) * 300
+    for noise, expected in ((1e-5, 0.5), (-1e-5, 0.5), (1.0, 1.0), (-1.0, 0.0)):
+        reference = policy.clone()
+        reference[micro.layout.pairs.rejected] += noise
+        scores = {"policy": {"logp": policy}, "reference": {"logp": reference}}
+        batch, averages = replace(micro.layout, scores=scores), Averages()
+        pair_metrics(objective, batch, averages)
+        assert averages.reduce(lambda t: t)["accuracy"] == expected
 
 
 def test_trap_18_mismatched_edges_carry_no_gradient():

@@ -21,6 +21,8 @@ from prefopt.report.run_report import difference_interval, sample_cards, verdict
 from tests.unit.test_alarms import two_evals
 
 FILES = ["config.yaml", "manifest.json", "status.json", "metrics.jsonl", "samples.jsonl"]
+SPEED = {"unit": "pairs", "steps": 198, "seconds": 39.2, "rows_per_second": 5.12, "tokens_per_second": 2340.4, "useful_mfu": 0.412,
+         "hardware_mfu": 0.619, "padding": 0.034, "peak_memory": 9_120_000_000}
 WORDS = "the small red fox sleeps under a quiet bridge while two grey herons walk slowly home".split()
 
 
@@ -35,6 +37,8 @@ def train_row(step: int, steps: int, rng: random.Random) -> dict:
         "grad_norm": 4.2 * math.exp(rng.gauss(0, 0.4) - x) * (12 if step == 31 else 1),
         "lr": 5e-5 * min(1.0, step / (0.1 * steps)) * (0.5 + 0.5 * math.cos(math.pi * x)),
         "tokens_per_second": 1500 + rng.gauss(0, 60), "tokens": 617 * step, "skipped_steps": 0,
+        "rows_per_second": 5 + rng.gauss(0, 0.2), "useful_mfu": 0.41 + rng.gauss(0, 0.01), "hardware_mfu": 0.62 + rng.gauss(0, 0.01),
+        "padding": 0.03 + 0.02 * rng.random(), "peak_memory": 9e9 + 1e6 * step,
     }  # fmt: skip
 
 
@@ -87,10 +91,11 @@ def make_run(folder: Path, steps: int = 200, prompts: int = 64, seed: int = 0) -
     manifest = {
         "command": ["prefopt", "train", "algo=dpo", "model=tiny-lm", "seed=3"],
         "started": "2026-01-15T10:21:07+00:00", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "platform": "Linux x86_64", "device": "cpu", "threads": 2, "data": {"train": 2000, "eval": 256},
+        "platform": "Linux x86_64", "device": "cpu", "machine": "A Fine CPU", "threads": 2, "processes": 1,
+        "peak": {"tflops": 0.0553, "from": "a measured matrix product"}, "data": {"train": 2000, "eval": 256},
         "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
     }  # fmt: skip
-    status = {"state": "finished", "step": steps, "total_steps": steps, "seconds": 84.2}
+    status = {"state": "finished", "step": steps, "total_steps": steps, "seconds": 84.2, "speed": SPEED}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "status.json", status)
@@ -150,14 +155,35 @@ def test_a_full_run_shows_every_part(run):
     assert html.lstrip().startswith("<!doctype html>")
     for words in (
         "dpo on tiny-lm with tiny_feedback", "finished", "True reward rose from", "Figure 1. True reward.",
-        "Figure 10.", "Log-probability of the replies", "Reward against KL", "Gradient norm", "Learning rate",
+        "Figure 14.", "Log-probability of the replies", "Reward against KL", "Gradient norm", "Learning rate",
         "Largest gain", "Largest loss", "No alarm.", "Resolved config", "Manifest",
         "prefopt train algo=dpo model=tiny-lm seed=3", "a tie counts one half", "in nats",
     ):  # fmt: skip
         assert words in seen.text, words
     assert "Not shown" not in seen.text and "Not checked" not in seen.text
-    assert len([tag for tag, _ in seen.tags if tag == "svg"]) == 10
+    assert len([tag for tag, _ in seen.tags if tag == "svg"]) == 14
     assert "nan" not in re.sub(r"<[^>]*>", "", html).lower().split()
+
+
+def test_speed_is_in_view(run, tmp_path):
+    """Averages of the whole run as tiles, with what they are a share of; curves of the rest."""
+    text = Tags(page(run)).text
+    for words in (
+        "Pairs per second 5.12 2340 tokens/s", "Useful MFU 41 % hardware MFU 62 %", "Padding 3 % of the positions computed",
+        "Peak memory 9.12 GB of a process", "Machine: A Fine CPU, 2 threads. Its peak: 55.3 GFLOP/s (a measured matrix product).",
+        "The averages at the top are over 198 steps, without the first two of each start", "2340 tokens/s while training",
+    ):  # fmt: skip
+        assert words in text, words
+    gone = ("rows_per_second", "useful_mfu", "hardware_mfu")  # a table has no FLOPs; older runs have no speeds
+    folder = with_rows(run, tmp_path, lambda row: {k: v for k, v in row.items() if k not in gone})
+    write_json(folder / "status.json", {"state": "finished", "speed": {"unit": "rows", "padding": 0.0}})
+    text = Tags(page(folder)).text
+    assert "Rows per second (no speed was recorded), Share of the machine’s peak (the FLOPs of this model are not known)" in text.replace(
+        "; ", ", ")
+    assert "Useful MFU 4" not in text and "Padding 0 %" in text
+    for odd in ({"speed": None}, {"speed": "fast"}, {"speed": {"unit": None, "rows_per_second": "many"}}):
+        write_json(folder / "status.json", odd)
+        assert not Tags(page(folder)).stack
 
 
 def test_the_page_needs_nothing_from_outside(run):
