@@ -82,7 +82,7 @@ def _tokeniser(cfg: DataCheckConfig, data: Any) -> tuple[Callable[[Example], Tok
         from prefopt.policies.tabular import Tabular
 
         return Tabular(torch.device("cpu")).tokenise, lambda ids: " ".join(map(str, ids))
-    from prefopt.policies.causal_lm import load_tokeniser
+    from prefopt.policies.loading import load_tokeniser
 
     tokeniser = load_tokeniser(cfg.model, data, cfg.trust)
     return tokeniser, lambda ids: tokeniser.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.catalogue import GROUPS
 from prefopt.config.completion import OPTIONS
 from prefopt.config.compose import rephrase, typed
-from prefopt.config.schema import TrainConfig
+from prefopt.config.schema import TrainConfig, config_of
 from prefopt.data.sources import check_files
 from prefopt.errors import UserError, nearest
 from prefopt.launch import multirun
@@ -36,7 +36,7 @@ from prefopt.training.rundir import claim, release
 
 
 def run(command: str, words: list[str]) -> Any:
-    """Runs `train`, `eval`, `sample`, `label` or `data_check` with the command line `words`; returns what the command returned."""
+    """Runs `train`, `plan`, `eval`, `sample`, `label` or `data_check` with the command line `words`; returns what the command returned."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and the sentence is ours
     version.setbase("1.3")
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", redact(str(text))), replace=True)
@@ -60,7 +60,7 @@ def run(command: str, words: list[str]) -> Any:
             failed.append(error)
 
     try:
-        _run_hydra(args=args, args_parser=parser, task_function=task, config_path="pkg://prefopt.conf", config_name=command)
+        _run_hydra(args=args, args_parser=parser, task_function=task, config_path="pkg://prefopt.conf", config_name=config_of(command))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(rephrase(error, args.overrides, command)) from error
     except OSError as error:
@@ -169,6 +169,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         release(Path(cfg.run_dir))
 
 
+def plan(cfg: TrainConfig) -> None:
+    from prefopt.training.plan_text import plan_text
+
+    check_files(cfg.data)
+    print(plan_text(cfg))
+
+
 def evaluate(cfg: Any) -> dict[str, Any]:
     from prefopt.evaluation.commands import evaluate
 
@@ -193,4 +200,4 @@ def data_check(cfg: Any) -> None:
     print(check_text(cfg))
 
 
-TASKS = {"train": train, "eval": evaluate, "sample": sample, "label": label, "data_check": data_check}
+TASKS = {"train": train, "plan": plan, "eval": evaluate, "sample": sample, "label": label, "data_check": data_check}

@@ -25,7 +25,7 @@ from prefopt.paths import cache_dir
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MODEL = {
     "hidden_size": 128,
@@ -244,22 +244,29 @@ def _steps(tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[torch.Tens
         yield halves
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The transformers config of the model."""
+    from transformers import LlamaConfig
+
+    shape = {key: value for key, value in MODEL.items() if key != "rope_theta"}
+    rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
+    return LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, rope_parameters=rope, **shape, **_special_ids(tokenizer))
+
+
 def _pretrain(tokenizer: PreTrainedTokenizerFast, progress: bool) -> tuple[LlamaForCausalLM, float]:
     """The trained model, in eval mode, and the mean loss of its last 20 steps in nats per reply token."""
     import torch
     from torch.nn import functional as F
     from torch.optim.lr_scheduler import LambdaLR
     from tqdm import tqdm
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaForCausalLM
 
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    shape = {key: value for key, value in MODEL.items() if key != "rope_theta"}
-    rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), tie_word_embeddings=False, rope_parameters=rope, **shape, **special
-    )
-    model = LlamaForCausalLM(config).train()
-    model.generation_config = GenerationConfig(**special)
+    model = LlamaForCausalLM(model_config(tokenizer)).train()
+    model.generation_config = GenerationConfig(**_special_ids(tokenizer))
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=TRAINING["lr"], betas=TRAINING["betas"], weight_decay=TRAINING["weight_decay"]
