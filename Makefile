@@ -1,7 +1,7 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: quickstart test unit e2e distributed lint docs reading-your-run clean
+.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
 	@scripts/setup.sh
@@ -25,6 +25,13 @@ docs:                 ## regenerate docs/algorithms.md from the registry
 
 reading-your-run:     ## make the runs of docs/reading-your-run.md (half an hour), then its figures and the page
 	.venv/bin/python scripts/reading_your_run.py
+
+bench-cpu bench-gpu bench-ablate: ## against TRL (half an hour; BENCH=--quick: minutes), or each gain switched off; into docs/performance.md
+	@scripts/setup.sh test
+	.venv/bin/python scripts/bench.py $(@:bench-%=%) $(BENCH)
+
+bench-docs:           ## the benchmark's tables and plots anew from docs/bench-*.json
+	.venv/bin/python scripts/bench.py docs
 
 clean:                ## remove the environment and build products, never runs
 	rm -rf .venv build *.egg-info

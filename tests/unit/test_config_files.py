@@ -75,8 +75,8 @@ def test_groups_fit_the_schema(group, name):
 
 @pytest.mark.parametrize("command", sorted(schema.COMMANDS))
 def test_commands_fit_the_schema(command):
-    path = conf_dir() / f"{command}.yaml"
-    chosen = {key for entry in load_yaml("", command)["defaults"] if isinstance(entry, dict) for key in entry}
+    path = conf_dir() / f"{schema.config_of(command)}.yaml"
+    chosen = {key for entry in load_yaml("", schema.config_of(command))["defaults"] if isinstance(entry, dict) for key in entry}
     named = {key.removeprefix("optional ") for key in chosen if "override" not in key}
     assert {group for group in named if "/" not in group} <= set(catalogue.GROUPS)
     own = {key for key in key_lines(path) if key.partition(".")[0] not in ("defaults", "hydra")}

@@ -1,0 +1,203 @@
+"""From docs/bench-*.json to the tables of docs/performance.md, between markers, and to docs/img/bench-*.svg. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from prefopt.report.plots import number
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MODES = ("cpu", "gpu", "ablate")
+MISSING = {
+    "cpu": "It has not been run yet: `make bench-cpu`.",
+    "gpu": "It has not been run yet, for want of a GPU: `make bench-gpu`.",
+    "ablate": "It has not been run yet: `make bench-ablate`.",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a ratio. `side` "best" is TRL's fastest; `key` is speedup (ours over theirs), memory (ours of theirs), useful_mfu or,
+    in the sweep, ratio (our time of theirs).
+    """
+
+    what: str
+    bound: float
+    at_least: bool
+    cell: str
+    side: str
+    key: str
+
+    def value(self, result: dict[str, Any]) -> float | None:
+        """The ratio, or None where it was not measured."""
+        if self.cell == "sweep":
+            return (result.get("sweep") or {}).get("ratios", {}).get(self.side)
+        cell = next((c for c in result["cells"] if c["name"] == self.cell), None)
+        if cell is None:
+            return None
+        theirs = [row for name, row in cell["sides"].items() if name.startswith("TRL")]
+        if self.side == "best":
+            return min((row[self.key] for row in theirs), default=None)
+        row = cell["sides"].get(self.side)
+        return row and row[self.key]
+
+
+# ---- tables ------------------------------------------------------------------------------------------
+
+
+def spread(values: dict[str, float], scale: float = 1.0, decimals: int = 2) -> str:
+    """Median, and the range where there is one."""
+    shown = [f"{values[k] / scale:.{decimals}f}" for k in ("median", "low", "high")]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, align, *rows))
+
+
+def settings(side: str, cell: dict[str, Any]) -> str:
+    """A side's name, with the micro-batch that was found for it."""
+    micro = cell["settings"].get(side, {}).get("micro")
+    return f"{side} (micro-batch {micro})" if micro else side
+
+
+def cell_table(cell: dict[str, Any]) -> str:
+    rows = [
+        [settings(name, cell), spread(row["pairs_per_second"], decimals=3), f"{row['speedup']:.2f}", spread(row["peak_bytes"], 1e9),
+         f"{row['memory']:.2f}", spread(row["first_step_seconds"], decimals=1), share(row["useful_mfu"])]
+        for name, row in cell["sides"].items()
+    ]  # fmt: skip
+    rows += [[name, reason.strip().splitlines()[-1][:60], "", "", "", "", ""] for name, reason in cell["failed"].items()]
+    head = ["", "pairs/s", "prefopt is faster by", "peak memory, GB", "prefopt takes of it", "first step after, s", "useful MFU"]
+    return table(head, rows)
+
+
+def sweep_table(sweep: dict[str, Any]) -> str:
+    head = ["six objectives, one epoch", "reference and steps, s", "prefopt's share", "with start-up and loading, s", "peak memory, GB"]
+    rows = [
+        [name, f"{way['training_seconds']:.1f}", f"{sweep['ratios'][name]:.2f}", f"{way['total_seconds']:.1f}",
+         f"{way['peak_bytes'] / 1e9:.2f}"]
+        for name, way in sweep["ways"].items()
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def fits_table(fits: dict[str, Any]) -> str:
+    how = "LoRA" if fits["lora"] else "full fine-tuning"
+    head = [f"{fits['shape']}, {how}", "most pairs of 1,024 tokens at once", "longest pair, tokens"]
+    return table(head, [[name, f"{f['pairs']:,}", f"{f['context']:,}"] for name, f in fits["sides"].items()])
+
+
+def target_table(targets: Sequence[dict[str, Any]]) -> str:
+    rows = [[t["what"], f"{'at least' if t['at_least'] else 'at most'} {t['bound']:g}", f"{t['measured']:.2f}",
+             "met" if t["met"] else "not met"] for t in targets]  # fmt: skip
+    return table(["target", "", "measured", ""], rows)
+
+
+def heading(cell: dict[str, Any]) -> str:
+    words = {"dpo": "DPO", "simpo": "SimPO", "hh": "HH mix", "ultrafeedback": "UltraFeedback mix", "long": "long-prompt mix"}
+    how = "LoRA" if cell["lora"] else "full fine-tuning"
+    return (f"**{words[cell['objective']['name']]}, {words[cell['mix']]}**, {cell['shape']}, {how}, {cell['batch']} pairs a step, "
+            f"{len(next(iter(cell['raw'].values())))} runs of {cell['steps']} steps; largest relative difference of loss and log-probs "
+            f"{cell['largest_difference']:.0e}")
+
+
+def about(result: dict[str, Any]) -> str:
+    e = result["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v)
+    where = e["gpu"] or f"{e['cpu']}, {e['cores']} cores"
+    return (f"{e['date']}, {where}, {e['threads']} threads, {e['precision']}; {versions}. It took {result['seconds'] / 60:.0f} minutes. "
+            "Medians, with the range over the runs.")
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Everything a result says, as Markdown."""
+    parts = [about(result)]
+    for cell in result["cells"]:
+        parts += [heading(cell), cell_table(cell)]
+    parts += [fits_table(fits) for fits in result.get("fits", [])]
+    if result["sweep"]:
+        sweep = result["sweep"]
+        parts += [f"**A sweep of six**: DPO with beta 0.05, 0.1, 0.5 and IPO with tau 0.05, 0.1, 0.5, {sweep['pairs']} pairs each",
+                  sweep_table(sweep)]  # fmt: skip
+    if result["targets"]:
+        parts.append(target_table(result["targets"]))
+    return "\n\n".join(parts)
+
+
+# ---- plot --------------------------------------------------------------------------------------------
+
+STYLE = """
+text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-size:12px;fill:#1d1f21}
+.title{font-weight:600;font-size:13px}.value{fill:#5d6268}.ours{fill:#1f5f99}.theirs{fill:#b9bdc2}.range{stroke:#1d1f21;stroke-width:1}
+"""
+LEFT, BAR, WIDTH, LINE = 250, 330, 840, 22
+
+
+def plot(result: dict[str, Any]) -> str:
+    """Pairs per second of every side, as bars with their ranges; each comparison on a scale of its own."""
+    out, y = [], 10
+    for cell in result["cells"]:
+        label = heading(cell).split(", ", 2)
+        out.append(f'<text class="title" x="10" y="{y + 16}">{escape(", ".join(label[:2]).replace("**", ""))}, {cell["shape"]}</text>')
+        y += 26
+        top = max(row["pairs_per_second"]["high"] for row in cell["sides"].values())
+        for name, row in cell["sides"].items():
+            value = row["pairs_per_second"]
+            low, high, size = (LEFT + BAR * value["low"] / top, LEFT + BAR * value["high"] / top, BAR * value["median"] / top)
+            kind = "ours" if name == "prefopt" else "theirs"
+            text = f"{number(value['median'])} pairs/s" + ("" if name == "prefopt" else f", prefopt {row['speedup']:.2f} times as fast")
+            out += [
+                f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(settings(name, cell))}</text>',
+                f'<rect class="{kind}" x="{LEFT}" y="{y + 2}" width="{size:.1f}" height="{LINE - 6}"/>',
+                f'<path class="range" d="M{low:.1f} {y + LINE / 2 - 1:.1f}H{high:.1f}"/>',
+                f'<text class="value" x="{LEFT + size + 8:.1f}" y="{y + 14}">{escape(text)}</text>',
+            ]
+            y += LINE
+        y += 12
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}">\n<style>{STYLE}</style>'
+            f'<rect width="{WIDTH}" height="{y}" fill="#fff"/>\n' + "\n".join(out) + "\n</svg>\n")
+
+
+# ---- into the page -----------------------------------------------------------------------------------
+
+
+def insert(page: str, name: str, content: str) -> str:
+    """`page` with `content` between the markers of `name`. Raises `ValueError` where there is not exactly one pair of them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page has no single {begin} ... {end}")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", page, flags=re.DOTALL)
+
+
+def block(docs: Path, mode: str) -> str:
+    """What stands between the markers of a mode."""
+    path = docs / f"bench-{mode}.json"
+    if not path.is_file():
+        return MISSING[mode]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return f"![pairs per second](img/bench-{mode}.svg)\n\n{tables(result)}\n\nAll of it: [bench-{mode}.json](bench-{mode}.json)."
+
+
+def render(docs: Path) -> None:
+    """Writes the plots and the tables of all results that are there."""
+    page = docs / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    for mode in MODES:
+        text = insert(text, f"bench-{mode}", block(docs, mode))
+        path = docs / f"bench-{mode}.json"
+        if path.is_file():
+            (docs / "img" / f"bench-{mode}.svg").write_text(plot(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
