@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+MARKS = ("<!-- plan.json -->", "<!-- /plan.json -->")  # around the table in docs/plan.md
 COMMON = ["train.steps=2", "evaluation.prompts=0", "evaluation.kl=false", "train.self_check=false", "data.eval_limit=4",
           "train.eval_every=2", "hardware.threads=1"]
 TINY = ["model=tiny-lm", "data.limit=400", "train.batch_size=64"]
@@ -65,6 +66,23 @@ def measured(words: list[str], device: str) -> float:
         return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def table(out: dict) -> str:
+    """The settings as Markdown."""
+    lines = [f"| run ({out['device']}) | planned | measured | error | worst moment |", "|---|---|---|---|---|"]
+    lines += [f"| {s['name']} | {s['planned']['peak'] / 1e9:.2f} GB | {s['measured'] / 1e9:.2f} GB | {100 * s['error']:+.1f} % | "
+              f"{s['planned']['worst']} |" for s in out["settings"]]
+    return "\n".join(lines)
+
+
+def write(out: dict, output: Path) -> None:
+    """The JSON, and the page beside it that quotes it."""
+    output.write_text(json.dumps(out, indent=1) + "\n")
+    page = output.with_suffix(".md")
+    if page.exists():
+        head, _, rest = page.read_text().partition(MARKS[0])
+        page.write_text(f"{head}{MARKS[0]}\n{table(out)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -91,7 +109,7 @@ def main() -> None:
         error = plan["peak"] / found - 1
         out["settings"].append({"name": name, "overrides": words, "planned": plan, "measured": found, "error": round(error, 4)})
         print(f"{name:50s} planned {plan['peak'] / 1e9:6.2f} GB, measured {found / 1e9:6.2f} GB, {100 * error:+5.1f} %", flush=True)
-        args.output.write_text(json.dumps(out, indent=1) + "\n")
+        write(out, args.output)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ class LanguageModel(nn.Module):
         self.layout, self.share = "rows", False
         if cfg.compile:
             compile_layers(self.decoder, device)
+            if device.type == "cpu" and self.kernel:  # a loop over sequences there, which breaks every layer's program into pieces
+                if cfg.attention != "auto":
+                    raise UserError(f"model.compile=true does not go with model.attention={cfg.attention} on a CPU; set it to auto")
+                self.kernel = None
         self.train()  # transformers hands models over in evaluation mode; dropout, if asked for, is for training
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:

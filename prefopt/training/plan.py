@@ -44,6 +44,7 @@ class Ground:
     held_out: list[Row]
     config: Any  # of transformers
     shape: ModelShape
+    runtime: float  # bytes of the interpreter, its libraries and the rows
 
     @property
     def reward(self) -> bool:
@@ -102,7 +103,8 @@ def ground_of(cfg: TrainConfig) -> Ground:
     if len(rows) < objective.min_batch:
         raise UserError(f"{len(rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
     judged = [] if as_prompts else make_dataset(held_out, *settings).rows
-    return Ground(objective, [_answered(row, cfg) for row in rows] if online else rows, judged, config, shape_of(config))
+    return Ground(objective, [_answered(row, cfg) for row in rows] if online else rows, judged, config, shape_of(config),
+                  memory.resident())
 
 
 def ground_of_run(run: Run) -> Ground:
@@ -111,7 +113,7 @@ def ground_of_run(run: Run) -> Ground:
     source = getattr(run.source, "batches", run.source)
     rows = source.rows or [_answered(row, run.cfg) for row in run.source.prompts.rows]
     held_out = run.judge.held_out.rows if run.judge.held_out else []
-    return Ground(run.engine.objective, rows, held_out, policy.inner.config, shape_of(policy.inner.config))
+    return Ground(run.engine.objective, rows, held_out, policy.inner.config, shape_of(policy.inner.config), memory.LIBRARIES)
 
 
 def _answered(row: Row, cfg: TrainConfig) -> Row:
@@ -161,7 +163,7 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     run = _dry_run(_Key(ground.config, cfg.model), cfg.hardware.precision, ground.reward, attention, largest, device.type)
     online = cfg.source.kind != "offline"
     reloads = cfg.evaluation.kl and not ground.reward and not (lora or cfg.reference.refresh != "never") and reference != "frozen copy"
-    runtime = memory.GPU_RUNTIME if device.type == "cuda" else memory.resident()
+    runtime = memory.GPU_RUNTIME if device.type == "cuda" else ground.runtime
     sampled = 0 if ground.reward or not (online or cfg.evaluation.prompts) else cfg.sampler.batch_size
     needs = memory.memory(
         run, cfg.model, device=device.type, world=source.world, micros=most, frozen_copy=reference == "frozen copy", reloads=reloads,
@@ -204,8 +206,9 @@ def _laid_out(cfg: TrainConfig, ground: Ground, device: torch.device) -> tuple[S
         reference="reference" in objective.quantities,
     )
     online = cfg.source.kind != "offline"
-    source = OfflineSource(ground.rows, objective.view, min(cfg.train.batch_size, cfg.source.prompts) if online else cfg.train.batch_size,
-                           cfg.train.micro_batch_tokens, 0, "label" in objective.columns, cfg.seed, 0, cfg.hardware.processes, layout, shared)
+    size = min(cfg.train.batch_size, cfg.source.prompts) if online else cfg.train.batch_size
+    source = OfflineSource(ground.rows, objective.view, size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
+                           cfg.seed, 0, cfg.hardware.processes, layout, shared)
     return kind, source
 
 

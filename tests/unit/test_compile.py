@@ -34,7 +34,7 @@ def test_compiled_layers_compute_what_the_others_do(tmp_path, adapters, monkeypa
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     folder = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
     plain, fast = (policy(folder, lora=LORA if adapters else None, gradient_checkpointing=adapters, compile=on) for on in (False, True))
-    assert fast.share and fast.scoring == plain.scoring.replace("),", "), compiled layers,")
+    assert fast.scoring == "shared prompts in trees (sdpa), compiled layers, chunked logits"
     assert list(fast.state_dict()) == list(plain.state_dict())
     generator = torch.Generator().manual_seed(0)
     for a, b in zip(plain.trainable().values(), fast.trainable().values(), strict=True):
@@ -67,6 +67,12 @@ def test_without_a_compiler_it_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"model.compile=true needs a C\+\+ compiler"):
         policy(save_model(tmp_path, "llama"), compile=True)
+
+
+@needs_compiler
+def test_the_cpu_s_packed_rows_are_not_compiled(tmp_path):
+    with pytest.raises(UserError, match="model.compile=true does not go with model.attention=varlen on a CPU"):
+        policy(save_model(tmp_path, "llama"), compile=True, attention="varlen")
 
 
 def test_layers_that_cannot_be_told_are_refused():
