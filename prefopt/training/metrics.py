@@ -9,7 +9,6 @@ from torch import Tensor
 
 from prefopt.objectives.base import Batch, Objective, Terms
 
-
 # Margins below this are rounding (of log-probs computed in another batch, or read from the store) and count as ties.
 TIE = 1e-4
 

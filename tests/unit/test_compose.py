@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from prefopt.config import catalogue
 from prefopt.config.compose import check_algo, dotted, rephrase, typed, unknown_key
-from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys
+from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys, config_of
 from prefopt.errors import UserError
 from prefopt.launch.app import parse, refuse
 
@@ -18,7 +18,7 @@ def composed(*overrides: str, command: str = "train"):
     for name in ("slug", "output_dir"):
         OmegaConf.register_new_resolver(name, lambda *args: "runs/x", replace=True)
     with initialize_config_module("prefopt.conf", version_base="1.3"):
-        return compose(command, list(overrides))
+        return compose(config_of(command), list(overrides))
 
 
 # What a command cannot do without.

@@ -75,7 +75,7 @@ def test_executed_flops_are_those_that_torch_counts(folder, slug, setting):
 
 def test_flops_are_those_counted_by_hand(folder):
     """Prompt of 9, replies of 4 and 7: every number written out."""
-    policy = toy.policy(folder)
+    policy = toy.policy(folder, attention="sdpa")
     vocabulary = policy.model.config.vocab_size
     body = LAYERS * (HIDDEN * HIDDEN * 2 + HIDDEN * HIDDEN + 3 * HIDDEN * WIDE)  # q and o; k and v of half the heads; gate, up, down
     keys = 9 * 10 // 2 + (10 + 11 + 12 + 13) + (10 + 11 + 12 + 13 + 14 + 15 + 16)
