@@ -33,7 +33,7 @@ from prefopt.policies.loading import add_lora
 FOURBIT = 0.516  # bytes of a weight in nf4 with doubly quantised scales: 4 + 8/64 + 32/(64 x 256) bits (arXiv 2305.14314, section 3)
 LIBRARIES = 0.5e9  # bytes that a process has after its imports, where it cannot be told any more
 GPU_RUNTIME = 0.6e9  # bytes that a CUDA context and the workspaces of its libraries take
-# What the allocator holds beyond what is alive, as a share of what comes and goes within a step. CPU: measured, see docs/plan.md.
+# What the allocator holds beyond what is alive, as a share of what comes and goes within a step; docs/plan.md says how far off.
 SLACK = {"cpu": 0.20, "cuda": 0.05}
 
 
