@@ -36,8 +36,8 @@ class RewardModel(LanguageModel):
     task = "SEQ_CLS"
     difference = "hidden states would differ by {:.2g} of their size"
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
         self._choose_layout()
 
     def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:

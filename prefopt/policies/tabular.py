@@ -19,6 +19,8 @@ from prefopt.policies.causal_lm import Reply
 class Table(nn.Module):
     """One number for each prompt token x and reply token y."""
 
+    layout, share = "rows", False  # how a micro-batch is computed
+
     def __init__(self, device: torch.device):
         super().__init__()
         self.logits = nn.Parameter(torch.tensor(bandit.reference_table(), device=device))
@@ -57,7 +59,6 @@ class Table(nn.Module):
 class Tabular(Table):
     """log pi(y | x) = log_softmax(logits[x])[y]. Starts at the world's reference policy."""
 
-    layout, share = "rows", False
     quantity = "token_logp"  # what `forward` returns
 
     def forward(self, micro: MicroBatch) -> Tensor:
