@@ -131,9 +131,10 @@ class Bench:
         """TRL's best micro-batch for a mix, found with precomputed references and without recomputing activations."""
         key = f"{cell.shape}/{cell.lora}/{cell.mix}"
         if key not in self.tuned:
-            once = replace(cell, steps=1, objective=DPO)
+            # A CPU is busy with one pair already: larger micro-batches than four only take longer there.
+            once = replace(cell, steps=1, batch=min(cell.batch, 4) if self.device == "cpu" else cell.batch, objective=DPO)
             trl = {"gradient_checkpointing": False, "precompute_ref_log_probs": False}
-            found = self.job(f"search {cell.batch}", "search", once, [DPO], trl=trl)
+            found = self.job(f"search {once.batch}", "search", once, [DPO], trl=trl)
             if "failed" in found or not found["search"]:
                 raise SystemExit(f"the search for TRL's micro-batch failed: {found}")
             seconds = {int(size): value for size, value in found["search"].items()}

@@ -191,6 +191,27 @@ def block(docs: Path, mode: str) -> str:
     return f"![pairs per second](img/bench-{mode}.svg)\n\n{tables(result)}\n\nAll of it: [bench-{mode}.json](bench-{mode}.json)."
 
 
+def head_block(docs: Path) -> str:
+    """What stands between the markers of the log-prob op."""
+    path = docs / "bench-head.json"
+    if not path.is_file():
+        return "It has not been measured yet: `python scripts/bench_head.py`."
+    out = []
+    for result in json.loads(path.read_text(encoding="utf-8")).values():
+        machine = result["machine"]
+        named = ", ".join(f"{machine[key]} threads" if key == "threads" else f"{key} {machine[key]}" if key in ("python", "torch")
+                          else str(machine[key]) for key in machine)
+        out.append(f"{result['date']}, {named}; medians of {result['repeats']}.")
+        for found in result["tables"]:
+            rows = [(name, f"{way['seconds']:.2f}", f"{way['cpu_seconds']:.2f}" if "cpu_seconds" in way else "", f"{way['gigabytes']:.2f}",
+                     f"{way['gap_logps']:.0e}") for name, way in found["ways"].items()]
+            out.append(f"**{found['shape']}**, {found['tokens']} tokens, width {found['hidden']}, {found['vocabulary']} words, "
+                       f"{found['type']}, {found['head']} head")
+            out.append(table(("forward and backward", "s", "CPU s", "memory, GB", "log-probs differ by"), rows))
+            out += [f"{name} was left out: {why}." for name, why in found.get("left_out", {}).items()]
+    return "\n\n".join([*out, "All of it: [bench-head.json](bench-head.json)."])
+
+
 def render(docs: Path) -> None:
     """Writes the plots and the tables of all results that are there."""
     page = docs / "performance.md"
@@ -200,4 +221,5 @@ def render(docs: Path) -> None:
         path = docs / f"bench-{mode}.json"
         if path.is_file():
             (docs / "img" / f"bench-{mode}.svg").write_text(plot(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    text = insert(text, "bench-head", head_block(docs))
     page.write_text(text, encoding="utf-8")

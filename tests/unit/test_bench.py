@@ -237,7 +237,7 @@ def test_render_writes_tables_and_a_plot(tmp_path):
     found, _ = result(tmp_path)
     (tmp_path / "img").mkdir()
     (tmp_path / "bench-cpu.json").write_text(json.dumps(found))
-    (tmp_path / "performance.md").write_text("".join(f"<!-- bench-{m} -->\n<!-- /bench-{m} -->\n" for m in report.MODES))
+    (tmp_path / "performance.md").write_text("".join(f"<!-- bench-{m} -->\n<!-- /bench-{m} -->\n" for m in (*report.MODES, "head")))
     report.render(tmp_path)
     page, plot = (tmp_path / "performance.md").read_text(), (tmp_path / "img" / "bench-cpu.svg").read_text()
     assert "| TRL default | 1.000 | 4.00 | 5.00 | 0.60 |" in page and "| prefopt | 4.000 | 1.00 |" in page
@@ -250,6 +250,7 @@ def test_render_writes_tables_and_a_plot(tmp_path):
 
 def test_the_page_says_what_the_json_says():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert report.insert(page, "bench-head", report.head_block(ROOT / "docs")) == page, "make bench-docs"
     for mode in report.MODES:
         assert report.insert(page, f"bench-{mode}", report.block(ROOT / "docs", mode)) == page, "make bench-docs"
         if (path := ROOT / "docs" / f"bench-{mode}.json").is_file():
