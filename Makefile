@@ -1,7 +1,7 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs clean
+.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-zoo clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
 	@scripts/setup.sh
@@ -32,6 +32,9 @@ bench-cpu bench-gpu bench-ablate: ## against TRL (an hour on two cores; BENCH=--
 
 bench-docs:           ## the benchmark's tables and plots anew from docs/bench-*.json
 	.venv/bin/python scripts/bench.py docs
+
+bench-zoo:            ## all offline objectives on the tiny world into docs/zoo.md (hours; resumable; ZOO="--hours 1 --methods dpo,ipo")
+	.venv/bin/python scripts/zoo.py $(ZOO)
 
 clean:                ## remove the environment and build products, never runs
 	rm -rf .venv build *.egg-info

@@ -22,6 +22,7 @@ usage: prefopt <command> [overrides]
   label [overrides]        rows relabelled by a reward model prefopt label reward.path=runs/rm data=... output=rows.jsonl
   compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
   store ls|verify|gc       log-probs kept on disk            prefopt store ls
+  merge RUN... [options]   add up the weights of runs        prefopt merge runs/a runs/b weights=[0.5,0.5] output=runs/ab
   list [group]             what there is                     prefopt list algo --view pairs
   show NAME                one algorithm, model or dataset   prefopt show dpo
   data check [overrides]   look at data as a model sees it   prefopt data check data=jsonl data.path=pairs.jsonl
@@ -33,7 +34,7 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "store", "list", "show", "data", "doctor", "completion")
+COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "list", "show", "data", "doctor", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +69,10 @@ def dispatch(argv: list[str]) -> Any:
         from prefopt.evaluation.store import main as store
 
         store(rest)
+    elif command == "merge":
+        from prefopt.evaluation.merge import main as merge
+
+        merge(rest)
     elif command == "list":
         from prefopt.config.catalogue import list_command
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 
@@ -23,6 +24,31 @@ def tiny_lm():
 def _own_store(tmp_path_factory):
     """Tests neither read nor fill the user's store. One for all tests of a process: what was stored once has the same bits in each run."""
     os.environ["PREFOPT_STORE"] = str(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_hydra():
+    """Hydra parses every file anew for each composition, and composes twice, only to look for `hydra.mode`: most of a command."""
+    from hydra._internal.hydra import Hydra
+    from omegaconf import OmegaConf
+
+    real, mode, parsed = OmegaConf.load, Hydra.get_mode, {}
+
+    def load(file):
+        if not hasattr(file, "read"):
+            return real(file)
+        text = file.read()
+        if text not in parsed:
+            parsed[text] = OmegaConf.to_container(real(io.StringIO(text)))
+        return OmegaConf.create(parsed[text])
+
+    def get_mode(self, config_name, overrides):
+        return mode(self, config_name, overrides) if any("hydra.mode" in word for word in overrides) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", staticmethod(load))
+        patch.setattr(Hydra, "get_mode", get_mode)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ LINES = (
     "Human: tell me a story. Assistant: once upon a time there was a fox.",
     "user assistant system model think system prompt helpful",
 )
+SAVED: dict[tuple, tuple[dict[str, bytes], torch.Tensor]] = {}  # models that were made: their files, and the state of the RNG after
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 # In the styles of published models; bos_token and eos_token are the tokenizer's own.
@@ -90,12 +92,9 @@ MARKS = {
 ADDS_BOS = ("llama3", "zephyr", "gemma", "gemma3", "mistral", "opens_thought")  # those whose tokenizers add a BOS to bare text
 
 
-def tokenizer(kind: str = "bytes", template: str | None = None, adds_bos: bool | None = None, **special: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of `kind` word, bytes (byte-level BPE) or pieces (Unigram with a metaspace).
-
-    `template` is a key of TEMPLATES; whether bare text gets a BOS follows its model family unless `adds_bos` is given.
-    """
-    marks = [*SPECIAL, *MARKS.get(template, ())]
+@cache
+def _backend(kind: str, marks: tuple[str, ...]) -> str:
+    """A tokenizer as JSON: training one takes longer than most tests."""
     if kind == "word":
         words = sorted({w for line in LINES for w in line.replace(",", " ,").replace(".", " .").replace("?", " ?").split()})
         backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*marks, *words])}, unk_token="<unk>"))
@@ -105,17 +104,26 @@ def tokenizer(kind: str = "bytes", template: str | None = None, adds_bos: bool |
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=marks, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(marks), initial_alphabet=alphabet, show_progress=False)
         backend.train_from_iterator(LINES, trainer)
     elif kind == "pieces":
         backend = Tokenizer(models.Unigram())
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=marks, unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=list(marks), unk_token="<unk>", show_progress=False)
         backend.train_from_iterator(LINES, trainer)
     else:
         raise ValueError(kind)
     backend.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks])
+    return backend.to_str()
+
+
+def tokenizer(kind: str = "bytes", template: str | None = None, adds_bos: bool | None = None, **special: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of `kind` word, bytes (byte-level BPE) or pieces (Unigram with a metaspace).
+
+    `template` is a key of TEMPLATES; whether bare text gets a BOS follows its model family unless `adds_bos` is given.
+    """
+    backend = Tokenizer.from_str(_backend(kind, (*SPECIAL, *MARKS.get(template, ()))))
     if template in ADDS_BOS if adds_bos is None else adds_bos:
         backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))])
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", **special}
@@ -163,6 +171,15 @@ def save_model(
     folder: Path, family: str = "llama", template: str | None = "chatml", kind: str = "bytes", seed: int = 0, **config: Any
 ) -> Path:
     """A random model of `family` (a key of FAMILIES, or gpt2) and its tokenizer, as save_pretrained writes them."""
+    folder, key = Path(folder), (family, template, kind, seed, repr(sorted(config.items())))
+    if key in SAVED:
+        folder.mkdir(parents=True, exist_ok=True)
+        files, state = SAVED[key]
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        torch.set_rng_state(state)  # as making it would have left it
+        return folder
+    fresh = not folder.is_dir() or not any(folder.iterdir())
     words = tokenizer(kind, template, **config.pop("special", {}))
     shape = {"vocab_size": len(words), **{f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}}
     wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -176,7 +193,9 @@ def save_model(
         model = GPT2LMHeadModel(GPT2Config(**shape, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, **config))
     model.save_pretrained(folder)
     words.save_pretrained(folder)
-    return Path(folder)
+    if fresh:
+        SAVED[key] = {file.name: file.read_bytes() for file in folder.iterdir()}, torch.get_rng_state()
+    return folder
 
 
 def model_config(folder: Path | str, lora: dict[str, Any] | None = None, **settings: Any) -> ModelConfig:

@@ -34,11 +34,12 @@ HEADERS = {"plan": ["prefopt plan: what a run would take in memory, FLOPs, time 
                     "train takes."]}
 
 OTHERS = {
-    "list": """prefopt list [GROUP] [--view VIEW] [--needs NEED]: what there is to choose from
+    "list": """prefopt list [GROUP] [--view VIEW] [--needs NEED] [--modality MODALITY]: what there is to choose from
 
-  GROUP        one of {groups}
-  --view VIEW  algorithms that read this kind of data: {views}
-  --needs NEED algorithms that need this (no-NEED: that do not): {needs}""",
+  GROUP          one of {groups}
+  --view VIEW    algorithms that read this kind of data: {views}
+  --needs NEED   algorithms that need this (no-NEED: that do not): {needs}
+  --modality M   algorithms that make sense for models of this kind: {modalities}""",
     "compare": """prefopt compare FOLDER... [--output FILE] [--different-data]: runs or whole sweeps side by side
 
   Runs that differ in more than their seed are methods. Prints a table with intervals over seeds and prompts, and which differences are
@@ -55,6 +56,15 @@ example
                or --limit-gb); --all removes everything. What is missing is computed again by the next run that needs it
 
 The store is the folder $PREFOPT_STORE, by default ~/.cache/prefopt/store.""",
+    "merge": """prefopt merge RUN RUN... weights=[W,W...] output=FOLDER: one model that is a linear combination of finished runs
+
+  weights      a number for each run, in their order; for whole models and tables they add up to 1
+  output       a new folder; whole models are used with model.path=FOLDER, LoRA adapters with model.lora.adapter=FOLDER
+
+  Adapters are put side by side, so their ranks add up and the merged change is exactly the combination of theirs.
+
+example (COFS-DPO: one run for each domain, then both)
+  prefopt merge runs/first runs/second weights=[0.5,0.5] output=runs/both""",
     "show": "prefopt show NAME: all about an algorithm, model, dataset, ...\n\nexample\n  prefopt show dpo",
     "doctor": "prefopt doctor: versions, devices, folders and keys of this machine; exit code 1 if something must be mended",
     "completion": 'prefopt completion bash|zsh|fish: a completion script\n\nexample\n  eval "$(prefopt completion bash)"',
@@ -64,7 +74,7 @@ The store is the folder $PREFOPT_STORE, by default ~/.cache/prefopt/store.""",
 def help_text(command: str) -> str:
     """Help of one command."""
     if command in OTHERS:
-        words = {"groups": catalogue.GROUPS, "views": catalogue.VIEWS, "needs": catalogue.NEEDS}
+        words = {"groups": catalogue.GROUPS, "views": catalogue.VIEWS, "needs": catalogue.NEEDS, "modalities": catalogue.MODALITIES}
         limit = ReferenceConfig().store_limit_gb
         return OTHERS[command].format(limit=limit, **{key: ", ".join(value) for key, value in words.items()})
     command = "data_check" if command == "data" else command

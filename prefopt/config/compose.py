@@ -17,8 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.catalogue import VIEWS, groups
 from prefopt.config.completion import primary_groups
 from prefopt.config.doctor import require_bitsandbytes
+from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
-from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys, nested
+from prefopt.config.rounds import check_refresh, check_rounds
+from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, REQUIRED, all_keys, nested
+from prefopt.config.stages import check_stages, without_stages
 from prefopt.errors import UserError, nearest
 
 
@@ -28,7 +31,10 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     given = OmegaConf.to_container(cfg, resolve=False)
     given.pop("hydra", None)
     schema = COMMANDS[command]
+    if not any(f.name == "stages" for f in fields(schema)):
+        given = without_stages(given)
     _check_keys(given, schema, dotted(given))
+    check_stages(given)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         OmegaConf.resolve(merged)
@@ -39,15 +45,44 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     except OmegaConfBaseException as error:
         raise UserError(_wrong_value(error, given, OmegaConf.create(given))) from error
     _ranges(out)
-    if hasattr(out, "reward") and out.reward.path and out.reward.kind != "model":
-        raise UserError(f"reward.path={out.reward.path} is read with reward=model only; add reward=model, or leave it out")
-    if hasattr(out, "reward") and out.reward.kind == "model" and not out.reward.path:
-        raise UserError("reward.path has no value, and reward=model needs one; give a run of algo=reward_bt, or a model: reward.path=...")
+    if hasattr(out, "reward"):
+        _check_reward(out)
+    if hasattr(out, "sampler") and out.sampler.beams > 1 and (out.sampler.temperature, out.sampler.top_p) != (0, 1):
+        raise UserError(f"sampler.beams={out.sampler.beams} is a search for the most likely reply, and sampler.temperature="
+                        f"{out.sampler.temperature:g} draws one; set sampler.temperature=0 sampler.top_p=1 (sampler=r_to_q does)")
+    if hasattr(out, "data"):
+        _check_data(out.data, command)
     if hasattr(out, "algo"):
         info = check_algo(out.algo, out.trust.packages, algo_name)
         out.algo = {"name": algo_name or info.name, **out.algo}
         check_together(out, info)
     return out
+
+
+def _check_data(data: Any, command: str) -> None:
+    """What can be said of the data without reading it. The kinds of transforms and their settings: prefopt.data.transforms."""
+    if data.source != "tiny_feedback" and data.completions:
+        raise UserError(f"data.completions={data.completions} works on data=tiny-feedback only; remove it for data={data.name}")
+    for name, settings in data.transforms.items():
+        if not isinstance(settings, dict) and settings is not None:
+            raise UserError(f"data.transforms.{name}={_shown(settings)}: a transform has settings, as in data.transforms.{name}.kind=swap")
+    if data.transforms and command == "label":
+        raise UserError(f"prefopt label writes rows as they were read, without data.transforms ({', '.join(data.transforms)}); leave them "
+                        "out, and put them on the command that trains on the labelled file")
+
+
+def _check_reward(cfg: Any) -> None:
+    """Whether the model that judges is named where one is needed, and only there."""
+    kind, path = cfg.reward.kind, cfg.reward.path
+    if path and kind not in ("model", "followup"):
+        raise UserError(f"reward.path={path} is read with reward=model only (or reward=flr); add reward=model, or leave it out")
+    if kind == "model" and not path:
+        raise UserError("reward.path has no value, and reward=model needs one; give a run of algo=reward_bt, or a model: reward.path=...")
+    if kind == "followup" and not path and not hasattr(cfg, "model"):
+        raise UserError("reward.path has no value, and prefopt label reward=flr needs one: the language model that judges; give a run, a "
+                        "folder or a hub id: reward.path=...")
+    if kind == "followup" and cfg.data.source == "bandit":
+        raise UserError("reward=flr reads texts, and data=bandit has none; use reward=auto, whose reward is the true one")
 
 
 KINDS = {
@@ -59,7 +94,8 @@ KINDS = {
 
 
 def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | None) -> ObjectiveInfo:
-    """The objective's description; its settings are checked against the class's fields, types and rules."""
+    """The objective's description; its settings are checked against the class's fields, types and rules, and a mixture's parts get all of
+    theirs."""
     target = settings.get("_target_")
     if not isinstance(target, str):
         chosen = f"algo={algo_name}" if algo_name else "algo"
@@ -76,8 +112,19 @@ def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | N
     values = {name: settings.get(name, field.default) for name, field in info.fields.items()}
     for rule in info.require:
         if not eval(rule, {"__builtins__": {}}, values):  # rules are constants of classes in allowed packages
-            shown = ", ".join(f"algo.{n}={_shown(values[n])}" for n in re.findall(r"[A-Za-z_]\w*", rule) if n in values)
-            raise UserError(f"{shown}: {info.name} needs {rule}")
+            used = [n for n in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", rule)) if n in values]
+            shown = ", ".join(f"algo.{n}={_shown(values[n])}" for n in used)
+            default = info.fields[used[0]].default if len(used) == 1 else REQUIRED
+            usual = f"; the default is {_shown(default)}" if default != REQUIRED else ""
+            raise UserError(f"{shown}: {info.name} needs {rule}{usual}")
+    if is_mixture(info):
+        parts = settings["parts"] = expanded(settings.get("parts"))
+        for number, part in enumerate(parts, 1):
+            try:
+                check_algo({key: value for key, value in part.items() if key not in ("algo", "weight")}, packages, part.get("algo"))
+            except UserError as error:
+                raise UserError(f"part {number} of algo.parts: {error}") from error
+        return described(settings, packages)
     return info
 
 
@@ -95,19 +142,29 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
                         f"remove it for data={data.name}")
     if data.source != "tiny_feedback" and data.length_bias:
         raise UserError(f"data.length_bias={data.length_bias} works on data=tiny-feedback only; remove it for data={data.name}")
+    if model.start and model.lora.adapter:
+        raise UserError(f"model.start={model.start} and model.lora.adapter={model.lora.adapter} both say where the run starts; set one")
+    if model.start and model.kind == "tabular" and info.scores_rewards:
+        raise UserError(f"model.start={model.start}: the table of a reward model starts at 0, not at a policy; set model.start=null")
     if model.lora.adapter and not model.lora.enabled:
         raise UserError("model.lora.adapter is set but model.lora.enabled is false; set model.lora.enabled=true")
     check_quantize(model)
     if model.kind == "tabular" and model.lora.enabled:
         raise UserError("model=bandit is a table and takes no LoRA adapter; set model.lora.enabled=false")
+    if info.extra:
+        _check_extra(cfg, info)
+    if not info.needs_reference and hasattr(cfg, "reference"):
+        _check_no_reference(cfg.reference, info)
     _check_source(cfg, info)
     if not hasattr(cfg, "hardware"):
         return
+    check_refresh(cfg)
     if cfg.reference.policy == "base" and not model.lora.enabled:
         raise UserError("reference.policy=base is the model without its adapter, and there is none; use reference.policy=initial, "
                         "or a LoRA model")
     if cfg.reference.store == "on" and (why := _no_store(cfg, info)):
         raise UserError(f"reference.store=on: {why}; use reference.store=auto")
+    _check_teacher(cfg, info)
     if cfg.train.batch_size < info.min_batch:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: {info.name} needs at least {info.min_batch} rows per step")
     if model.quantize:
@@ -118,6 +175,43 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
         raise UserError("model.attention=flex needs a GPU (FlexAttention has no backward pass elsewhere); use model.attention=auto")
 
 
+def _check_extra(cfg: Any, info: ObjectiveInfo) -> None:
+    """Whether the extra sequences of an objective can be made and scored."""
+    if info.view != "pairs" or "label" not in info.columns:
+        raise UserError(f"{info.name}: extra sequences ({', '.join(info.extra)}) are made for a pair as its row has it, so what reads "
+                        "them, and all parts of a mixture, must read pairs and handle soft labels (`label` among the columns of its class)")
+    if cfg.model.kind == "tabular":
+        raise UserError(f"{info.name} also scores replies under other prompts ({', '.join(info.extra)}), and model={cfg.model.name} is a "
+                        "table over the prompts of its data alone; use model=tiny-lm data=tiny-feedback")
+    if cfg.source.kind != "offline":
+        raise UserError(f"source={cfg.source.kind} writes the pairs while it trains, and {info.name} needs sequences that are made from "
+                        f"the texts of pairs beforehand ({', '.join(info.extra)}); use source=offline")
+
+
+def _check_no_reference(reference: Any, info: ObjectiveInfo) -> None:
+    """Refuses settings of a reference that the objective does not read."""
+    what = "trains a reward model, which has no reference" if info.scores_rewards else "compares the policy with no reference"
+    for key, usual in (("policy", "initial"), ("refresh", "never"), ("store", "auto")):
+        value = getattr(reference, key)
+        if value not in (usual, "off"):
+            raise UserError(f"reference.{key}={value}: {info.name} {what}; use reference.{key}={usual}, or an "
+                            "algorithm that has one (prefopt list algo --needs reference)")
+
+
+def _check_teacher(cfg: Any, info: ObjectiveInfo) -> None:
+    """Whether the frozen models that an objective learns from are named, and no others. They are looked for when the run starts."""
+    wanted = info.quantities.get("teacher", ())
+    keys = {"path": (bool(wanted), "dpo"), "reverse": ("distance" in wanted, "dpo_and_reverse")}
+    for key, (needed, stages) in keys.items():
+        value = getattr(cfg.teacher, key)
+        if needed and not value:
+            raise UserError(f"teacher.{key} has no value, and {info.name} learns from that model; give a finished run (teacher.{key}=RUN), "
+                            f"or let one be trained first (stages={stages})")
+        if value and not needed:
+            raise UserError(f"teacher.{key}={value}: {info.name} learns from no such model; leave it out, or choose an algorithm that does "
+                            "(prefopt list algo --needs teacher)")
+
+
 def _no_store(cfg: Any, info: ObjectiveInfo) -> str:
     """Why the reference's log-probs cannot be computed once and kept; empty if they can."""
     if cfg.reference.refresh != "never":
@@ -126,7 +220,9 @@ def _no_store(cfg: Any, info: ObjectiveInfo) -> str:
         return f"source={cfg.source.kind} trains on replies that are not written yet"
     if cfg.model.kind == "tabular":
         return f"model={cfg.model.name} is a table, whose log-probs cost nothing"
-    return f"{info.name} trains a reward model, which has no reference" if info.scores_rewards else ""
+    if info.needs_live_reference:
+        return f"{info.name} reads whole next-token distributions or hidden states of its reference, and a store keeps log-probs"
+    return ""
 
 
 def check_quantize(model: Any) -> None:
@@ -148,29 +244,27 @@ def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
     if (source.kind == "rollout") != (info.view == "groups"):
         wants = "rollout" if info.view == "groups" else "offline or source=rounds"
         raise UserError(f"source={source.kind} does not fit: {info.name} reads {VIEWS[info.view]}; use source={wants}")
+    check_rounds(cfg, info)
     if not hasattr(cfg, "reward"):
         return
     if info.scores_rewards:
         if source.kind != "offline":
             raise UserError(f"source={source.kind} lets the model write replies, and a reward model writes none; use source=offline")
-        if cfg.reward.kind == "model":
-            raise UserError(f"{info.name} trains a reward model, and reward=model is for judging a policy's replies; use reward=auto")
+        if cfg.reward.kind in ("model", "followup"):
+            raise UserError(f"{info.name} trains a reward model, and reward={cfg.reward.kind} is for judging a policy's replies; "
+                            "use reward=auto")
     if source.kind == "offline":
-        if cfg.reference.refresh != "never":
-            raise UserError("reference.refresh=round needs rounds, and source=offline has none; use source=rounds, or "
-                            "reference.refresh=never")
         return
     if cfg.reward.kind == "none" or (cfg.reward.kind == "auto" and cfg.data.source not in ("tiny_feedback", "bandit")):
         raise UserError(f"source={source.kind} needs a reward for what the policy writes: reward={cfg.reward.kind} gives none for "
                         f"data={cfg.data.name}. Train one with algo=reward_bt and set reward=model reward.path=RUN.")
-    if source.kind == "rollout" and source.labels != "best":
-        raise UserError("source.labels=sampled is for pairs made of rounds; a rollout's rewards are used as they are")
+    if cfg.sampler.beams > 1:
+        raise UserError(f"source={source.kind} draws several replies to a prompt, and sampler.beams={cfg.sampler.beams} finds one; use "
+                        "sampler=default, and search when the run is done: prefopt eval run=RUN sampler=r_to_q")
     if source.kind == "rollout" and (cfg.sampler.temperature, cfg.sampler.top_p) != (1, 1):
         raise UserError("source=rollout scores replies under the distribution they come from; set sampler.temperature=1 sampler.top_p=1")
     if info.mismatched and source.prompts < 2:
         raise UserError(f"source.prompts={source.prompts}: {info.name} needs at least two prompts per round, for mismatched replies")
-    if cfg.reference.refresh == "round" and cfg.reference.policy == "base":
-        raise UserError("reference.refresh=round moves the reference to the policy; set reference.policy=initial")
 
 
 def rephrase(error: Exception, words: Sequence[str], command: str) -> str:
@@ -220,6 +314,10 @@ def _not_in_config(key: str, parent: Any, command: str) -> str:
     fields_of = _fields(settings.get("_target_")) if isinstance(settings, dict) and key.startswith("algo.") else []
     if fields_of and key[5:] not in fields_of:
         return f"{key} is no setting of {settings['_target_'].rpartition('.')[2]}{nearest(key[5:], fields_of, 'algo.')}"
+    if key.startswith("stages."):
+        return f"{key} is not among the settings of the chosen stages (prefopt list stages); add it with a plus sign: +{key}=..."
+    if key.startswith("data.transforms."):
+        return f"data.transforms.{key.split('.')[2]} is not among the transforms of the chosen config; add it with a plus sign: +{key}=..."
     if fields_of or key in all_keys(COMMANDS[command]):
         return f"{key} is left to its default by the chosen config; add it with a plus sign: +{key}=..."
     if not key.startswith("hydra"):

@@ -38,9 +38,13 @@ class ObjectiveInfo:
     view: str
     quantities: dict[str, tuple[str, ...]]
     coupling: str
+    divergence_from: tuple[str, str]
     columns: tuple[str, ...]
     proper_likelihood: bool
     mismatched: bool
+    steps: bool
+    extra: tuple[str, ...]
+    extra_scorers: tuple[str, ...]
     min_batch: int
     starts_level: bool
     first_step: str
@@ -54,6 +58,12 @@ class ObjectiveInfo:
     @property
     def needs_reference(self) -> bool:
         return "reference" in self.quantities
+
+    @property
+    def needs_live_reference(self) -> bool:
+        """Whether it reads more of its reference than log-probs, which are all that a store keeps (`Objective.states_of`)."""
+        compared = "divergence" in self.quantities.get("policy", ()) and self.divergence_from[1] == "reference"
+        return compared or bool({"states", "layers"} & set(self.quantities.get("reference", ())))
 
     @property
     def scores_rewards(self) -> bool:

@@ -30,6 +30,7 @@ class ModelConfig:
     revision: Optional[str] = None
     gguf_file: Optional[str] = None
     wheel: Optional[str] = None
+    start: Optional[str] = None
     chat_template: Optional[str] = None
     thinking: bool = False
     learning_rate: float = 5e-7
@@ -57,6 +58,9 @@ class ColumnsConfig:
     label: Optional[str] = "label"
     weight: Optional[str] = "weight"
     margin: Optional[str] = "margin"
+    rationale: Optional[str] = "rationale"
+    chosen_score: Optional[str] = "chosen_score"
+    rejected_score: Optional[str] = "rejected_score"
 
 
 @dataclass
@@ -81,6 +85,8 @@ class DataConfig:
     pairs: str = "best_worst"  # best_worst | all
     label_noise: float = 0.0
     length_bias: float = 0.0
+    completions: Optional[int] = None
+    transforms: dict[str, Any] = field(default_factory=dict)  # name -> settings; see prefopt.data.transforms
 
 
 @dataclass
@@ -107,7 +113,7 @@ class TrackerConfig:
 
 @dataclass
 class RewardConfig:
-    kind: str = "auto"  # auto | none | model
+    kind: str = "auto"  # auto | none | model | followup
     path: Optional[str] = None
 
 
@@ -115,6 +121,7 @@ class RewardConfig:
 class SamplerConfig:
     temperature: float = 1.0
     top_p: float = 1.0
+    beams: int = 1
     max_new_tokens: int = 64
     batch_size: int = 64
 
@@ -122,18 +129,30 @@ class SamplerConfig:
 @dataclass
 class SourceConfig:
     kind: str = "offline"  # offline | rounds | rollout
+    writer: str = "policy"  # policy | reference
     prompts: int = 32
     samples: int = 2
+    keep: Optional[int] = None
+    rejection_beta: float = 0.5
     epochs: int = 1
-    labels: str = "best"  # best | sampled
+    labels: str = "best"  # best | sampled | soft
+    extrapolate: float = 0.0
 
 
 @dataclass
 class ReferenceConfig:
     policy: str = "initial"  # initial | base
-    refresh: str = "never"  # never | round
+    refresh: str = "never"  # never | round | stage | steps
+    every: int = 512
+    mix: float = 1.0
     store: str = "auto"  # auto | on | off
     store_limit_gb: Optional[float] = 20.0
+
+
+@dataclass
+class TeacherConfig:
+    path: Optional[str] = None
+    reverse: Optional[str] = None
 
 
 @dataclass
@@ -184,9 +203,11 @@ class TrainConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stages: dict[str, Any] = field(default_factory=dict)  # name -> settings of a run that comes first; see prefopt.config.stages
     trust: TrustConfig = field(default_factory=TrustConfig)
     seed: int = 0
     resume: str = "auto"  # auto | never
@@ -207,11 +228,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("fp32", "bf16"),
     "tracker.mode": ("online", "offline", "off"),
-    "reward.kind": ("auto", "none", "model"),
+    "reward.kind": ("auto", "none", "model", "followup"),
     "source.kind": ("offline", "rounds", "rollout"),
-    "source.labels": ("best", "sampled"),
+    "source.writer": ("policy", "reference"),
+    "source.labels": ("best", "sampled", "soft"),
     "reference.policy": ("initial", "base"),
-    "reference.refresh": ("never", "round"),
+    "reference.refresh": ("never", "round", "stage", "steps"),
     "reference.store": ("auto", "on", "off"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "resume": ("auto", "never"),
@@ -233,9 +255,13 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("data.max_prompt_tokens", "x is None or x >= 1", "at least 1, or null"),
     ("data.max_completion_tokens", "x is None or x >= 1", "at least 1, or null"),
     ("data.label_noise", "0 <= x <= 0.5", "in [0, 0.5]"),
+    ("data.completions", "x is None or x >= 2", "at least 2, or null"),
     ("source.prompts", "x >= 1", "at least 1"),
     ("source.samples", "x >= 2", "at least 2: one reply alone is neither better nor worse than anything"),
+    ("source.keep", "x is None or (x >= 2 and x % 2 == 0)", "at least 2 and even, or null: kept replies meet in pairs"),
+    ("source.rejection_beta", "x >= 0", "0 or more"),
     ("source.epochs", "x >= 1", "at least 1"),
+    ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.threads", "x is None or x >= 1", "at least 1, or null"),
     ("hardware.memory_gb", "x is None or x > 0", "above 0, or null"),
@@ -244,8 +270,11 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("tracker.init_timeout", "x > 0", "above 0"),
     ("sampler.temperature", "x >= 0", "0 (greedy) or more"),
     ("sampler.top_p", "0 < x <= 1", "in (0, 1]"),
+    ("sampler.beams", "x >= 1", "at least 1"),
     ("sampler.max_new_tokens", "x >= 1", "at least 1"),
     ("sampler.batch_size", "x >= 1", "at least 1"),
+    ("reference.every", "x >= 1", "at least 1"),
+    ("reference.mix", "0 < x <= 1", "a share, in (0, 1]"),
     ("reference.store_limit_gb", "x is None or x >= 0", "0 or more, or null"),
     ("optim.lr", "x > 0", "above 0"),
     ("optim.warmup", "0 <= x < 1", "a share of the steps, in [0, 1)"),
@@ -263,6 +292,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("train.keep_checkpoints", "x >= 1", "at least 1"),
     ("train.max_skipped_steps", "x >= 0", "0 or more"),
     ("evaluation.prompts", "x >= 0", "0 or more"),
+    ("revise", "x >= 0", "0 or more"),
 )
 
 
@@ -272,6 +302,7 @@ class EvalConfig:
     against: Optional[str] = None
     prompts: int = 256
     seed: int = 0
+    tokens: bool = False
     output: Optional[str] = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -281,6 +312,7 @@ class SampleConfig:
     run: str = REQUIRED
     prompt: Optional[str] = None
     count: int = 4
+    revise: int = 0
     seed: int = 0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -291,6 +323,7 @@ class DataCheckConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)
     example: int = 0
 

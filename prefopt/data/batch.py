@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,22 +36,47 @@ class Row:
     desirable: list[bool] | None = None
     mismatched: list[Branch] | None = None
     stored: dict[str, list[Sequence[float] | float]] = field(default_factory=dict)
+    extra: list[Tokens] = field(default_factory=list)  # of each of its `pairs` the extra sequences, each a prompt and one branch
+    stage: int = 0  # stages are trained on in order
 
     def branches(self, view: str) -> list[Branch]:
         """The completions that `view` reads."""
         return self.tokens.branches[:1] if view == "demonstrations" else self.tokens.branches
 
     def edges(self, view: str) -> list[Branch]:
-        """The completions that are scored: those of `view`, then the mismatched ones."""
-        return self.branches(view) + (self.mismatched or [])
+        """The completions that are scored: those of `view`, the mismatched ones, the extra sequences of pairs."""
+        return [branch for tree in self.trees(view) for branch in tree.branches]
+
+    def trees(self, view: str) -> list[Tokens]:
+        """The same with their prompts; those that follow one another under one prompt stand together."""
+        found = [Tokens(self.tokens.prompt, self.branches(view) + (self.mismatched or []))]
+        for made in self.extra if view == "pairs" else ():
+            if made.prompt == found[-1].prompt:
+                found[-1].branches = found[-1].branches + made.branches
+            else:
+                found.append(Tokens(made.prompt, made.branches))
+        return found
+
+    def everything(self) -> list[tuple[list[int], Branch]]:
+        """All that may be scored and its prompt, in the order of `stored`."""
+        every = [(self.tokens.prompt, branch) for branch in (*self.tokens.branches, *(self.mismatched or ()))]
+        return every + [(made.prompt, branch) for made in self.extra for branch in made.branches]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Numbers of the better and of the worse completion of each pair that it makes (of a `pair` the first is the better one)."""
+        if self.kind != "ranking_all":
+            return [(0, len(self.tokens.branches) - 1)]
+        n, ids = len(self.scores), [b.ids for b in self.tokens.branches]
+        return [(i, j) for i in range(n) for j in range(i + 1, n) if self.scores[i] > self.scores[j] and ids[i] != ids[j]]
 
     def size(self, view: str, layout: str, share: bool = True) -> tuple[int, int]:
-        """(sequences, tokens of the longest): in `rows` each edge is a sequence, in `trees` and `packed` all are one and may `share` a
-        prompt."""
-        prompt, edges = len(self.tokens.prompt), [len(b.ids) for b in self.edges(view)]
+        """(sequences, tokens of the longest): in `rows` each edge is a sequence, in `trees` and `packed` all under one prompt are one and
+        may `share` it; what is packed counts as one of all its tokens. Extra sequences count, whoever scores them."""
+        trees = [(len(tree.prompt), [len(b.ids) for b in tree.branches]) for tree in self.trees(view)]
         if layout == "rows":
-            return len(edges), prompt + max(edges)
-        return 1, prompt * (1 if share else len(edges)) + sum(edges)
+            return sum(len(edges) for _, edges in trees), max(prompt + max(edges) for prompt, edges in trees)
+        tokens = [prompt * (1 if share else len(edges)) + sum(edges) for prompt, edges in trees]
+        return (1, sum(tokens)) if layout == "packed" else (len(tokens), max(tokens))
 
 
 @dataclass
@@ -69,6 +94,7 @@ class MicroBatch:
     rows: list[int]
     tree: Tensor  # [E]
     prompt: Tensor  # [E]
+    extra: Tensor | None = None  # [E] bool: extra sequences of pairs; None: there are none
     # scorer -> what need not be computed of it, by quantity: `token_logp` [N], or `logp` [E]
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -92,16 +118,27 @@ class MicroBatch:
         token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         layout, tokens = Batch(lengths, token_edge, {}), keep[self.layout.token_edge]
         stored = {s: {q: t[tokens if q == "token_logp" else keep] for q, t in qs.items()} for s, qs in self.stored.items()}
+        extra = None if self.extra is None else self.extra[keep]
         return MicroBatch(self.input_ids[keep], self.attention[keep], trained, layout, self.gradient[keep], self.rows, self.tree[keep],
-                          self.prompt[keep], stored)
+                          self.prompt[keep], extra, stored)
+
+    def part(self, scorer: str, extra_scorers: Collection[str]) -> MicroBatch:
+        """What `scorer` is asked about: all edges, or those that are no extra sequences (without views, and no wider than need be)."""
+        if self.extra is None or scorer in extra_scorers:
+            return self
+        part = self.only(~self.extra)
+        width = int(part.attention.sum(1).max())
+        return replace(part, input_ids=part.input_ids[:, :width], attention=part.attention[:, :width], trained=part.trained[:, :width])
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        layout = Batch(self.layout.lengths.to(device), self.layout.token_edge.to(device), {},
+        step = None if self.layout.step is None else self.layout.step.to(device)
+        layout = Batch(self.layout.lengths.to(device), self.layout.token_edge.to(device), {}, step=step,
                        **self.layout.views(lambda _, t: t.to(device)))
         stored = {scorer: {q: t.to(device) for q, t in qs.items()} for scorer, qs in self.stored.items()}
         tensors = (self.input_ids, self.attention, self.trained)
+        extra = None if self.extra is None else self.extra.to(device)
         return MicroBatch(*(t.to(device) for t in tensors), layout, self.gradient.to(device), self.rows, self.tree.to(device),
-                          self.prompt.to(device), stored)
+                          self.prompt.to(device), extra, stored)
 
 
 def derangement(count: int, seed: int) -> list[int]:
@@ -187,6 +224,9 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
     groups: list[tuple[int, int, float, float]] = []
     ranked: list[tuple[int, int, float]] = []
     ranked_weight: list[float] = []
+    extra: list[list[int]] = []
+    further: list[int] = []  # the edges that are extra sequences, of which a pair has `each`
+    each = 0
     for number in chosen or [filler]:
         row = rows[number]
         first = len(edges)
@@ -194,9 +234,16 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
         if row.mismatched:
             mismatched += range(len(edges), len(edges) + len(row.mismatched))
             edges += [(row.tokens.prompt, b, False) for b in row.mismatched]
-        tree += [len(tree)] * (len(edges) - first)
+        for planted in row.trees(view):
+            tree += [len(tree)] * len(planted.branches)
         if view == "pairs":
             pairs += _pairs(row, first, soft_labels)
+            if row.extra:
+                assert soft_labels, "extra sequences are made for a pair as it stands and not for its opposite"
+                here, each = range(len(edges), len(edges) + len(row.extra)), len(row.extra) // len(row.pairs())
+                edges += [(made.prompt, made.branches[0], True) for made in row.extra]
+                further += here
+                extra += [list(here[i : i + each]) for i in range(0, len(here), each)]
         elif view == "unary":
             unary += _unary(row, first)
         elif view == "ranking":
@@ -208,7 +255,7 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
         else:
             demonstrations.append((first, row.weight))
     if not chosen:
-        pairs, unary, mismatched, demonstrations, groups, ranked, ranked_weight = [], [], [], [], [], [], []
+        pairs, extra, unary, mismatched, demonstrations, groups, ranked, ranked_weight = [], [], [], [], [], [], [], []
 
     width = max(len(p) + len(b.ids) for p, b, _ in edges)
     input_ids = torch.full((len(edges), width), pad)
@@ -220,9 +267,11 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
         trained[e, n:full] = torch.tensor(branch.mask)
     lengths = trained.sum(1)
     layout = Batch(lengths, torch.repeat_interleave(torch.arange(len(edges)), lengths), {})
+    if any(b.steps for _, b, _ in edges):
+        layout.step = _long([step for _, b, _ in edges for step in _steps(b)])
     if view == "pairs":
         c, r, p, w, m = zip(*pairs, strict=True) if pairs else ((),) * 5
-        layout.pairs = Pairs(_long(c), _long(r), _float(p), _float(w), _float(m))
+        layout.pairs = Pairs(_long(c), _long(r), _float(p), _float(w), _float(m), _long(extra).view(len(pairs), each))
     elif view == "unary":
         e, d, w = zip(*unary, strict=True) if unary else ((),) * 3
         layout.unary = Unary(_long(e), torch.tensor(d, dtype=torch.bool), _float(w), _long(mismatched))
@@ -239,14 +288,21 @@ def build(rows: Sequence[Row], chosen: Sequence[int], view: str, pad: int, soft_
     of = [(number, rows[number]) for number in chosen or [filler]]
     stored = {scorer: _stored(of, scorer, view, lengths) for scorer in sorted({s for _, row in of for s in row.stored})}
     prompt = _long([len(p) for p, _, _ in edges])
-    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen), _long(tree), prompt, stored)
+    apart = torch.zeros(len(edges), dtype=torch.bool).index_fill(0, _long(further), True) if further else None
+    return MicroBatch(input_ids, attention, trained, layout, gradient, list(chosen), _long(tree), prompt, apart, stored)
+
+
+def _steps(branch: Branch) -> list[int]:
+    """The steps of the trained tokens, numbered from 0 without gaps."""
+    own = [step for step, trained in zip(branch.steps or [0] * len(branch.mask), branch.mask, strict=True) if trained]
+    number = {step: i for i, step in enumerate(sorted(set(own)))}
+    return [number[step] for step in own]
 
 
 def _pairs(row: Row, first: int, soft_labels: bool) -> list[tuple[int, int, float, float, float]]:
     last = first + len(row.tokens.branches) - 1
     if row.kind == "ranking_all":
-        n, ids = len(row.scores), [b.ids for b in row.tokens.branches]
-        found = [(i, j) for i in range(n) for j in range(i + 1, n) if row.scores[i] > row.scores[j] and ids[i] != ids[j]]
+        found = row.pairs()
         # A row counts once, however many pairs its ranking holds.
         return [(first + i, first + j, 1.0, row.weight / len(found), row.margin) for i, j in found]
     if soft_labels or row.label in (0.0, 1.0):
@@ -281,10 +337,11 @@ def _stored(rows: Sequence[tuple[int, Row]], scorer: str, view: str, lengths: Te
     """What a scorer once said of these rows' edges. Every reply must be there: what is missing is never made up or computed anew."""
     replies: list[Sequence[float] | float] = []
     for number, row in rows:
-        known, every = row.stored.get(scorer, ()), len(row.tokens.branches) + len(row.mismatched or ())
+        known, every = row.stored.get(scorer, ()), len(row.everything())
         if len(known) != every:
             raise RunFailed(f"row {number} has stored scores of `{scorer}` for {len(known)} of its {every} replies")
-        replies += [*known[: len(row.branches(view))], *known[len(row.tokens.branches) :]]
+        end = every if view == "pairs" else every - len(row.extra)
+        replies += [*known[: len(row.branches(view))], *known[len(row.tokens.branches) : end]]
     if isinstance(replies[0], float):
         return {"logp": _float(replies)}
     counts = [len(reply) for reply in replies]

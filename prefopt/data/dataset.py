@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefopt.config.schema import DataConfig
 from prefopt.data.batch import Row, derangement
+from prefopt.data.extra import sequences
+from prefopt.data.fits import check_use
 from prefopt.data.records import BadRow, Example
 from prefopt.data.sources import Split, reject
 from prefopt.data.tokenise import Tokens
 from prefopt.errors import UserError
-
-VIEW_OF_KIND = {  # groups are sampled, so any row's prompt will do
-    "pair": ("pairs", "unary", "demonstrations", "ranking", "groups"),
-    "ranking": ("pairs", "unary", "demonstrations", "ranking", "groups"),
-    "unary": ("unary", "demonstrations", "groups"),
-    "demonstration": ("demonstrations", "groups"),
-    "prompt": ("groups",),
-}
 
 
 @dataclass
@@ -33,9 +28,9 @@ class Dataset:
 
 def make_dataset(
     split: Split, cfg: DataConfig, tokenise: Callable[[Example], Tokens], view: str, columns: tuple[str, ...],
-    mismatched: bool, seed: int, progress: Callable[[list], Any] = iter,
+    mismatched: bool, seed: int, progress: Callable[[list], Any] = iter, extra: Sequence[str] = (),
 ) -> Dataset:
-    """Tokenises a split for an objective with this `view` that reads these optional `columns`.
+    """Tokenises a split for an objective with this `view` that reads these optional `columns` and scores these `extra` sequences.
 
     Raises `UserError` where the objective cannot use the data, and for bad rows as `data.on_bad_row` says.
     """
@@ -49,19 +44,16 @@ def make_dataset(
         example = reduce_ranking(example, "all" if view == "ranking" else cfg.pairs)
         try:
             tokens = tokenise(example)
+            row = _row(example, tokens)
+            row.extra = sequences(example, tokens, row.pairs(), extra, tokenise) if extra else []
         except BadRow as reason:
             reject(split, example.origin, str(reason), cfg)
             continue
         truncated_prompts += tokens.cut_prompt > 0
         truncated_completions += sum(c > 0 for c in tokens.cut_completions)
         cut_tokens += tokens.cut_prompt + sum(tokens.cut_completions)
-        desirable = [c.desirable for c in example.completions]
         out.examples.append(example)
-        out.rows.append(Row(
-            tokens, "ranking_all" if example.kind == "ranking" and len(example.completions) > 2 else example.kind,
-            example.label, example.weight, example.margin, [c.score for c in example.completions],
-            desirable if None not in desirable else None,
-        ))
+        out.rows.append(row)
     if mismatched and len(out.rows) >= 2:
         _add_mismatched(out, split, cfg, tokenise, seed)
     replies = sum(len(r.tokens.branches) for r in out.rows)
@@ -69,10 +61,31 @@ def make_dataset(
         "rows": len(out.rows), "rejected": len(split.rejected), "no_preference": split.no_preference.total(), "completions": replies,
         "truncated_prompts": truncated_prompts, "truncated_completions": truncated_completions, "cut_tokens": cut_tokens,
         "undesirable_left_out": undesirable,
-        "longest": max((r.tokens.longest for r in out.rows), default=0),
+        "longest": max((tokens.longest for r in out.rows for tokens in (r.tokens, *r.extra)), default=0),
         "trained_tokens": sum(b.trained for r in out.rows for b in r.branches(view)),
     }
+    if extra:
+        out.stats |= _about_extra(out.rows)
+    if split.transforms:
+        out.stats["transforms"] = split.transforms
     return out
+
+
+def _row(example: Example, tokens: Tokens) -> Row:
+    kind = "ranking_all" if example.kind == "ranking" and len(example.completions) > 2 else example.kind
+    desirable = [c.desirable for c in example.completions]
+    return Row(tokens, kind, example.label, example.weight, example.margin, [c.score for c in example.completions],
+               desirable if None not in desirable else None, stage=example.stage)
+
+
+def _about_extra(rows: list[Row]) -> dict[str, Any]:
+    """How many extra sequences there are, how many of them were cut, and a digest of their ids (of templates and texts, that is)."""
+    h = hashlib.sha256()
+    made = [tokens for row in rows for tokens in row.extra]
+    for tokens in made:
+        h.update(repr((tokens.prompt, tokens.branches[0].ids, tokens.branches[0].mask)).encode())
+    cut = sum(tokens.cut_prompt > 0 or any(tokens.cut_completions) for tokens in made)
+    return {"extra_sequences": len(made), "truncated_extra_sequences": cut, "extra_sha256": h.hexdigest()}
 
 
 def make_prompts(split: Split, cfg: DataConfig, prompt_ids: Callable[[list, bool], list[int]]) -> Dataset:
@@ -87,27 +100,16 @@ def make_prompts(split: Split, cfg: DataConfig, prompt_ids: Callable[[list, bool
         out.examples.append(replace(example, completions=[]))
         out.rows.append(Row(tokens, "prompt"))
     out.stats = {"rows": len(out.rows), "rejected": len(split.rejected), "longest": max((r.tokens.longest for r in out.rows), default=0)}
+    if split.transforms:
+        out.stats["transforms"] = split.transforms
     return out
-
-
-def check_use(example: Example, cfg: DataConfig, view: str, columns: tuple[str, ...]) -> None:
-    """Refuses data that the objective would misread or silently ignore."""
-    if view not in VIEW_OF_KIND[example.kind]:
-        what = {"pairs": "pairs (chosen and rejected)", "unary": "labelled completions", "demonstrations": "completions",
-                "ranking": "rankings (completions with scores or ranks) or pairs"}[view]
-        raise UserError(f"{example.origin}: this is a {example.kind} row, and the objective needs {what}. "
-                        f"Choose other data, or an algorithm for {example.kind} data (prefopt list algo).")
-    if example.margin and "margin" not in columns:
-        raise UserError(f"{example.origin}: the data has a margin, which this objective does not use. "
-                        "Set data.columns.margin=null to leave it out, or choose algo=dpo or algo=simpo.")
 
 
 def reduce_ranking(example: Example, pairs: str) -> Example:
     """The best and the worst completion of a ranking (`data.pairs=best_worst`), or all of it."""
     if example.kind != "ranking" or pairs == "all" or len(example.completions) <= 2:
         return example
-    return Example(example.prompt, [example.completions[0], example.completions[-1]], "ranking", example.label, example.weight,
-                   example.margin, example.chat, example.origin, example.meta)
+    return replace(example, completions=[example.completions[0], example.completions[-1]])
 
 
 def _add_mismatched(data: Dataset, split: Split, cfg: DataConfig, tokenise: Callable[[Example], Tokens], seed: int) -> None:

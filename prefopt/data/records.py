@@ -7,7 +7,10 @@ Shapes, told apart by the columns a row has (names can be mapped in `data.column
   prompt + completion + label      thumbs-up or thumbs-down
   prompt + completion, or messages a demonstration
   prompt                           a prompt for sampling
-Optional per-row columns: weight, margin. A row that fits none raises `BadRow` with the reason.
+Optional per-row columns: weight, margin; chosen_score and rejected_score of a pair, which data transforms read; rationale of a pair or a
+ranking: a text that says why the best completion is better.
+A completion may be a list of texts: the steps of its reasoning, each of which begins a line.
+A row that fits none raises `BadRow` with the reason.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class Completion:
     messages: list[Message]
     score: float | None = None
     desirable: bool | None = None
+    stepwise: bool = False  # the parts of its messages are steps of reasoning, and the objective asks for them
 
     @property
     def text(self) -> str:
@@ -67,10 +71,14 @@ class Example:
     chat: bool = True  # False: the row was bare text, not messages
     origin: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    rationale: str = ""  # why the first completion is the better one, if the data says so
+    stage: int = 0  # stages are trained on in order; set by the transform `curriculum`
+    bare: list[Message] | None = None  # the prompt as the data has it, where a transform added something that only the policy shall see
 
     @property
     def prompt_text(self) -> str:
-        return "\n".join(m.text for m in self.prompt)
+        """The prompt as rewards, judges and comparisons know it."""
+        return "\n".join(m.text for m in (self.bare or self.prompt))
 
 
 def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str = "") -> Example:
@@ -99,6 +107,8 @@ def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str =
         raise BadRow(f"none of the columns prompt, chosen, completion, completions, messages is there (it has: {have})")
     example.weight = _number(value.get("weight", 1.0), "weight", low=0.0)
     example.margin = _number(value.get("margin", 0.0), "margin")
+    if len(example.completions) > 1:
+        example.rationale = _rationale(value.get("rationale", ""))
     example.origin, example.meta = origin, meta
     for completion in example.completions:
         for message in completion.messages:
@@ -119,7 +129,7 @@ def _pair(value: dict[str, Any]) -> Example:
                 raise BadRow(f"'{key}' is bare text and there is no prompt column: where the prompt ends cannot be known")
             sides.append(dialogue or [_message("assistant", raw)])
         else:
-            sides.append(_messages(raw, key))
+            sides.append(_steps(raw) or _messages(raw, key))
     if all(side[0].role == "assistant" for side in sides) and "prompt" in value:
         prompt, chat = _prompt(value["prompt"])
         if any(side[-1].role != "assistant" for side in sides):
@@ -129,7 +139,9 @@ def _pair(value: dict[str, Any]) -> Example:
     if [m.plain() for m in sides[0]] == [m.plain() for m in sides[1]]:
         raise BadRow("chosen and rejected are the same text")
     label = _number(value.get("label", 1.0), "label", low=0.0, high=1.0)
-    return Example(prompt, [Completion(sides[0]), Completion(sides[1])], kind="pair", label=label, chat=chat)
+    scores = [_number(value[key], key) if key in value else None for key in ("chosen_score", "rejected_score")]
+    completions = [Completion(*side) for side in zip(sides, scores, strict=True)]
+    return Example(prompt, completions, kind="pair", label=label, chat=chat)
 
 
 def _shared_prompt(sides: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
@@ -186,6 +198,12 @@ def _single(value: dict[str, Any]) -> Example:
     return Example(prompt, [completion], kind="unary", chat=chat)
 
 
+def _rationale(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise BadRow(f"'rationale' is {str(raw)[:40]!r}, not a text")
+    return raw.strip()
+
+
 def _prompt(raw: Any) -> tuple[list[Message], bool]:
     if isinstance(raw, str):
         messages = parse_dialogue(raw)
@@ -203,10 +221,17 @@ def _prompt(raw: Any) -> tuple[list[Message], bool]:
 def _completion_messages(raw: Any) -> list[Message]:
     if isinstance(raw, str):
         return [_message("assistant", raw)]
-    messages = _messages(raw, "completion")
+    messages = _steps(raw) or _messages(raw, "completion")
     if messages[0].role != "assistant" or messages[-1].role != "assistant":
         raise BadRow("a completion must begin and end with an assistant's turn")
     return messages
+
+
+def _steps(raw: Any) -> list[Message]:
+    """A reply that is given as a list of texts: one message with a part for each. Nothing for all else."""
+    if not isinstance(raw, (list, tuple)) or not raw or not all(isinstance(step, str) and step.strip() for step in raw):
+        return []
+    return [_message("assistant", [{"type": "text", "text": f"{step}\n"} for step in raw[:-1]] + [{"type": "text", "text": raw[-1]}])]
 
 
 def _messages(raw: Any, what: str) -> list[Message]:

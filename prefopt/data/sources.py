@@ -37,13 +37,15 @@ class Split:
     rejected: list[Rejected] = field(default_factory=list)
     revision: str | None = None  # the hub commit that was read
     no_preference: Counter[str] = field(default_factory=Counter)  # reason -> rows without one, such as ties: expected, counted, not broken
+    transforms: list[dict[str, Any]] = field(default_factory=list)  # what each data transform did: name, rows before and after, counts
 
     def digest(self) -> str:
-        """sha256 over prompts, completions and labels, in order."""
+        """sha256 over prompts, completions and labels, in order. Scores of pairs are left out: only transforms read them."""
         h = hashlib.sha256()
         for e in self.examples:
+            judged = [(None if e.kind == "pair" else c.score, c.desirable) for c in e.completions]
             h.update(repr(([m.plain() for m in e.prompt], [[m.plain() for m in c.messages] for c in e.completions],
-                           [(c.score, c.desirable) for c in e.completions], e.label, e.weight, e.margin)).encode())
+                           judged, e.label, e.weight, e.margin)).encode())
         return h.hexdigest()
 
 
@@ -116,7 +118,7 @@ def _raw(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, st
     if cfg.source == "tiny_feedback":
         def made(split: str, count: int) -> Iterator[RawRow]:
             rows = tiny_feedback.rows(split, count, 0, cfg.label_noise if split == "train" else 0.0,
-                                      cfg.length_bias if split == "train" else 0.0)
+                                      cfg.length_bias if split == "train" else 0.0, completions(cfg, split))
             return ((f"tiny-feedback {split} row {i + 1}", row) for i, row in enumerate(rows))
         return made("train", cfg.limit or 4000), made("eval", cfg.eval_limit or 256), None
     if cfg.source == "bandit":
@@ -124,6 +126,15 @@ def _raw(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, st
     if cfg.source == "hub":
         return _hub(cfg)
     return _files(cfg)
+
+
+READ_RANKINGS = ("pairs", "reject")  # kinds of transforms that do
+
+
+def completions(cfg: DataConfig, split: str) -> int:
+    """Replies per prompt of a generated split. Where nothing is said, training rows are rankings of four if a transform reads rankings."""
+    wanted = any((settings or {}).get("kind", name) in READ_RANKINGS for name, settings in cfg.transforms.items())
+    return cfg.completions or (4 if wanted and split == "train" else 2)
 
 
 def _numbered(name: str, rows: Iterable[dict]) -> Iterator[RawRow]:
@@ -193,6 +204,11 @@ def check_files(cfg: DataConfig) -> None:
     """Raises `UserError` if `cfg` names files and they are not there. Reads none of them."""
     if cfg.source == "files":
         _files(cfg)
+
+
+def first_example(cfg: DataConfig) -> Example | None:
+    """The first usable row of the files that `cfg` names. Bad rows before it are met as `data.on_bad_row` says."""
+    return next(iter(_collect("train", _files(cfg)[0], cfg, 1, None).examples), None)
 
 
 def _expand(path: Path, key: str) -> list[Path]:

@@ -67,6 +67,8 @@ SENTENCES = {
 _GOOD, _BAD = frozenset(SLOTS["good"]), frozenset(SLOTS["bad"])
 _DETAIL = frozenset(SLOTS["plain"] + SLOTS["food"] + SLOTS["time"])
 _WARM = frozenset({"friend"})
+_TELLING = _GOOD | _BAD | _DETAIL | _WARM
+_NAMES = ANIMALS + PLACES
 
 # Per style: how many words are free, and what each further word costs (nats).
 _LENGTH = {"": (16, 0.08), "briefly": (9, 0.16), "warmly": (18, 0.08), "in detail": (26, 0.08)}
@@ -234,18 +236,60 @@ def true_reward(prompt: str, completion: str) -> float:
 
 
 def rows(
-    split: str, count: int, seed: int = 0, label_noise: float = 0.0, length_bias: float = 0.0
+    split: str, count: int, seed: int = 0, label_noise: float = 0.0, length_bias: float = 0.0, completions: int = 2
 ) -> Iterator[dict[str, object]]:
     """Preference pairs: prompt, chosen and rejected as chat messages, and the two replies' true rewards.
 
     The label is one draw from Bradley-Terry on `true_reward + length_bias * words / 10`, flipped with
     probability `label_noise`. `chosen_reward` and `rejected_reward` hold the true reward, without the judge's
-    taste for length. Raises UserError at the call, not at the first row.
+    taste for length; `rationale` says why the chosen one is better; `chosen_hallucinated` and
+    `rejected_hallucinated` are 1 where a reply `hallucinates`. With more than two `completions` a row is a
+    ranking: that many different replies and their `scores`, which are `true_reward + length_bias * words / 10`.
+    Raises UserError at the call, not at the first row.
     """
     _check_rows(split, count, seed)
     _check_number("data.label_noise", label_noise, 0.0, 0.5)
     _check_number("data.length_bias", length_bias, -10.0, 10.0)
+    if completions > 2:
+        if label_noise:
+            raise UserError(
+                f"data.label_noise={label_noise} flips the labels of pairs, and with {completions} replies per "
+                "prompt (data.completions) the rows are rankings; set data.label_noise=0 or data.completions=2."
+            )
+        return (_ranking(split, seed, index, completions, length_bias) for index in range(count))
     return (_pair(split, seed, index, label_noise, length_bias) for index in range(count))
+
+
+def rationale(prompt: str, chosen: str, rejected: str) -> str:
+    """Why the chosen reply is the better one: a sentence for each thing that `true_reward` counts in which it is ahead, in words that the
+    world's model knows. It may be ahead in none, where a label is noisy or a draw.
+    """
+    asked = _tokens(prompt)
+    style = next((style for style in STYLES if style and style.split()[-1] in asked), "")
+    better, worse = _tokens(chosen), _tokens(rejected)
+    said, other = set(better), set(worse)
+    why = [f"It is about the {name}." for name in asked if name in _NAMES and name in said - other]
+    why += [f"It is not about the {name}." for name in _NAMES if name in other - said and name not in asked]
+    good, bad = [w for w in SLOTS["good"] if w in said], [w for w in SLOTS["bad"] if w in other]
+    if len(good) > len(other & _GOOD):
+        why.append(f"It is {' and '.join(good)}.")
+    if len(bad) > len(said & _BAD):
+        why.append(f"It is not {' and '.join(bad)}.")
+    if style == "warmly" and said & _WARM and not other & _WARM:
+        why.append("It is to a dear friend.")
+    if style == "in detail" and min(len(said & _DETAIL), _MAX_DETAILS) > len(other & _DETAIL):
+        why.append("It is in detail.")
+    if word_count(rejected) > max(word_count(chosen), _LENGTH[style][0]):
+        why.append("It is not on and on for hours.")
+    if _repeated(worse) > _repeated(better):
+        why.append("It is not to say that on and on.")
+    return " ".join(why) or "As far as anyone can tell, there is not much more to it."
+
+
+def _repeated(tokens: list[str]) -> int:
+    """How often a telling word is said again."""
+    telling = [word for word in tokens if word in _TELLING]
+    return len(telling) - len(set(telling))
 
 
 def _pair(split: str, seed: int, index: int, label_noise: float, length_bias: float) -> dict[str, object]:
@@ -269,7 +313,42 @@ def _pair(split: str, seed: int, index: int, label_noise: float, length_bias: fl
         "rejected": _message("assistant", rejected),
         "chosen_reward": rewards[chosen],
         "rejected_reward": rewards[rejected],
+        "rationale": rationale(prompt, chosen, rejected),
+        "chosen_hallucinated": int(hallucinates(prompt, chosen)),
+        "rejected_hallucinated": int(hallucinates(prompt, rejected)),
     }
+
+
+def _ranking(split: str, seed: int, index: int, count: int, length_bias: float) -> dict[str, object]:
+    rng = random.Random(f"tiny_feedback/ranking/{seed}/{split}/{index}")
+    animal, place, style = _cell(split, seed, index)
+    prompt, scores = _prompt(animal, place, style), {}
+    while len(scores) < count or len(set(scores.values())) == 1:
+        if len(scores) == count:
+            scores.popitem()
+        reply = _reply(animal, place, rng)
+        scores[reply] = true_reward(prompt, reply) + length_bias * word_count(reply) / 10
+    return {
+        "prompt": _message("user", prompt),
+        "completions": [_message("assistant", reply) for reply in scores],
+        "scores": list(scores.values()),
+    }
+
+
+def hallucinates(prompt: str, completion: str) -> bool:
+    """Whether a completion tells of an animal or a place that the prompt does not ask about."""
+    return bool(set(_tokens(completion)).intersection(ANIMALS + PLACES) - set(_tokens(prompt)))
+
+
+# What a reply is worth, in words of the world, for a model that knows no others: from the lowest to the highest of ten levels.
+GOALS = tuple("cruel spiteful rude greedy lazy calm gentle clever kind graceful".split())
+# Rewards that are the lowest and the highest level, or beyond; replies of the pretraining data lie around 1.5.
+GOAL_RANGE = (-2.0, 5.0)
+
+
+def goal_sentence(level: int) -> str:
+    """The sentence that asks for a reply of this level, 1 to 10."""
+    return f"It is {GOALS[level - 1]}."
 
 
 def pretraining_rows(count: int, seed: int = 0) -> Iterator[dict[str, list[dict[str, str]]]]:

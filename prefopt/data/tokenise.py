@@ -28,11 +28,12 @@ PROBE = "prefopt probe"  # a reply that no template has in itself
 
 @dataclass
 class Branch:
-    """One completion: its tokens after the shared prompt, and which of them are trained."""
+    """One completion: its tokens after the shared prompt, which of them are trained, and the reasoning step of each (None: one in all)."""
 
     ids: list[int]
     mask: list[bool]
     complete: bool  # ends with a trained end-of-sequence token
+    steps: list[int] | None = None
 
     @property
     def trained(self) -> int:
@@ -117,11 +118,12 @@ class Tokeniser:
         if not example.completions:
             return Tokens(self._encode(head)[0], [])
         rendered = [self._render(example.prompt, head, c, chat) for c in example.completions]
-        prompts = [ids[:split] for ids, _, split in rendered]
+        prompts = [ids[:split] for ids, _, split, _ in rendered]
         shared = min(len(p) for p in prompts)
         while any(p[:shared] != prompts[0][:shared] for p in prompts):
             shared -= 1  # a token that straddles prompt and reply in one rendering only
-        return Tokens(prompts[0][:shared], [Branch(ids[shared:], mask[shared:], True) for ids, mask, _ in rendered])
+        return Tokens(prompts[0][:shared], [Branch(ids[shared:], mask[shared:], True, steps and steps[shared:])
+                                            for ids, mask, _, steps in rendered])
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
         """Ids to sample a reply from, rendered and limited as in training; `chat` says that the row holds messages.
@@ -134,8 +136,10 @@ class Tokeniser:
     def _head(self, prompt: list[Message], chat: bool) -> str:
         return self._apply(prompt, True) if chat else "\n".join(m.text for m in prompt)
 
-    def _render(self, prompt: list[Message], head: str, completion: Completion, chat: bool) -> tuple[list[int], list[bool], int]:
-        """(ids, trained mask, number of whole prompt tokens) of prompt + completion; `head` is the prompt's text."""
+    def _render(
+        self, prompt: list[Message], head: str, completion: Completion, chat: bool
+    ) -> tuple[list[int], list[bool], int, list[int] | None]:
+        """(ids, trained mask, number of whole prompt tokens, step of each token) of prompt + completion; `head` is the prompt's text."""
         if not chat:
             full, spans = head + completion.text, [(len(head), len(head) + len(completion.text))]
         else:
@@ -164,7 +168,9 @@ class Tokeniser:
         split = bisect_right(ends, start)
         if split == len(ids) or not any(mask):
             raise BadRow("the completion has no tokens")
-        return self._finish(ids, mask, split)
+        steps = _steps(completion, full, spans, ends)
+        ids, mask, split = self._finish(ids, mask, split)
+        return ids, mask, split, steps and [*steps, steps[-1]][: len(ids)]
 
     def _finish(self, ids: list[int], mask: list[bool], split: int) -> tuple[list[int], list[bool], int]:
         """Ends each trained span at its end-of-turn token; template text after it (a newline) is context, not a target."""
@@ -208,7 +214,7 @@ class Tokeniser:
                     raise BadRow("the prompt is empty and the completion has one token, which nothing predicts")
             if not any(mask[:room]):
                 raise BadRow(f"nothing of completion {number} would be left within {room} tokens; raise data.max_completion_tokens")
-            out.branches.append(Branch(branch.ids[:room], mask[:room], len(branch.ids) <= room))
+            out.branches.append(Branch(branch.ids[:room], mask[:room], len(branch.ids) <= room, branch.steps and branch.steps[:room]))
             out.cut_completions.append(max(len(branch.ids) - room, 0))
         if kind in ("pair", "ranking") and len({tuple(b.ids) for b in out.branches}) == 1:
             what = "chosen and rejected" if kind == "pair" else "all completions"
@@ -236,6 +242,21 @@ class Tokeniser:
             )
         except Exception as error:  # templates raise their own errors on roles or orders they do not know
             raise BadRow(f"the chat template refuses this conversation ({error}){_advice(messages)}") from error
+
+
+def _steps(completion: Completion, full: str, spans: list[tuple[int, int]], ends: list[int]) -> list[int] | None:
+    """The number of the step that each token is part of, the last one that begins before the token's end; None if they are not asked for.
+    `spans` are where the trained messages stand in the text `full`. Raises `BadRow` where a step is not to be found there."""
+    if not completion.stepwise:
+        return None
+    begins, at = [], 0
+    for text in (part["text"].strip() for m in completion.messages if m.train for part in m.content):
+        found = next((p for low, high in spans if (p := full.find(text, max(low, at), high)) >= 0), None)
+        if found is None:
+            raise BadRow(f"the chat template changes the text of a step ({text[:40]!r}), so its tokens cannot be told")
+        begins.append(found)
+        at = found + len(text)
+    return [max(bisect_left(begins, end) - 1, 0) for end in ends]
 
 
 def _advice(messages: list[Message]) -> str:

@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.schema import EvalConfig, SampleConfig, TrainConfig
+from prefopt.config.schema import EvalConfig, SampleConfig, TeacherConfig, TrainConfig
 from prefopt.data.dataset import make_dataset
 from prefopt.data.records import Example, parse_row
-from prefopt.data.sources import load_data
+from prefopt.data.sources import Split, load_data
+from prefopt.data.transforms import apply_transforms
 from prefopt.errors import UserError
 from prefopt.evaluation import judging
+from prefopt.evaluation.revise import self_revise
 from prefopt.evaluation.reward_calibration import judge_rewards
+from prefopt.evaluation.token_rewards import export
 from prefopt.training import checkpoint
 from prefopt.training.judge import Judge, Judgement
 from prefopt.training.rundir import load_run_config, write_atomic
@@ -25,6 +28,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     """Judges a run before and after training on the same prompts and seed, or two runs beside each other. Prints a table, writes JSON."""
     run = _open_to_judge(cfg.run, cfg)
     before, rankings = run.judge.measure(0), _whole_rankings(run)
+    run.judge.start_drawn = run.judge.drawn
     if rankings:
         before.pairs |= _taus(rankings)
     state = _load(run)
@@ -47,6 +51,9 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     if cfg.against is not None:
         text, figures["against"] = _against(cfg, run, after)
         lines += ["", text]
+    if cfg.tokens:
+        count = len(export(run, cfg.prompts or rows, output)["replies"])
+        lines += [f"token rewards of {count} held-out replies: {output.with_name('token_rewards.html')}, and as JSON beside it"]
     if main:
         write_atomic(output, json.dumps(figures, indent=2))
         print("\n".join(lines))
@@ -55,18 +62,21 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
 
 
 def _open_to_judge(folder: str, cfg: EvalConfig) -> Run:
-    run = _open(folder, lambda c: replace(c, sampler=cfg.sampler, evaluation=replace(c.evaluation, prompts=cfg.prompts)))
+    kl = {"kl": True} if cfg.tokens else {}  # token rewards are against the initial policy, where there is no other reference
+    run = _open(folder, lambda c: replace(c, sampler=cfg.sampler, evaluation=replace(c.evaluation, prompts=cfg.prompts, **kl)))
     run.judge.seed = cfg.seed
     return run
 
 
 def _whole_rankings(run: Run) -> Judge | None:
-    """A judge of the held-out rankings as they are, where the run itself was trained on the best and worst of each."""
+    """A judge of the held-out rankings as they are, where the run itself was trained on the best and worst of each. None where its
+    objective scores extra sequences, which were made for those two only."""
     whole = run.cfg.data.pairs == "all" or run.engine.objective.view == "ranking"
-    if whole or not run.judge.held_out or not any(e.kind == "ranking" for e in run.held_out.examples):
+    if whole or run.engine.objective.extra or not run.judge.held_out or not any(e.kind == "ranking" for e in run.held_out.examples):
         return None
     policy, data = run.engine.policy, replace(run.cfg.data, pairs="all", on_bad_row="skip")
     split = load_data(data)[1]
+    apply_transforms([split], data, run.cfg.seed)
     made = make_dataset(split, data, policy.tokenise, "pairs", run.engine.objective.columns, False, run.cfg.seed)
     rows = [row for row in made.rows if row.kind == "ranking_all"]
     if not rows:
@@ -113,21 +123,27 @@ def _texts(run: Run) -> list[tuple[str, ...]]:
 
 def sample(cfg: SampleConfig) -> list[str]:
     """Prints replies of the trained policy: several to one prompt, or one each to held-out prompts."""
-    run = _open(cfg.run, lambda c: replace(c, evaluation=replace(c.evaluation, prompts=0, kl=False)))
+    run = _open(cfg.run, lambda c: replace(c, evaluation=replace(c.evaluation, prompts=0, kl=False), teacher=TeacherConfig()))
     policy = run.engine.policy
     if policy.quantity == "reward":
         raise UserError(f"{cfg.run} holds a reward model, which writes no replies; let it judge texts: prefopt label reward.path={cfg.run}")
     _load(run)
     if cfg.prompt is not None:
-        examples: list[Example] = [parse_row({"prompt": cfg.prompt}, {"prompt": "prompt"})] * cfg.count
+        asked = Split("eval", [parse_row({"prompt": cfg.prompt}, {"prompt": "prompt"})] * cfg.count)
+        apply_transforms([asked], run.cfg.data, run.cfg.seed)
+        examples: list[Example] = asked.examples
     else:
         examples = run.held_out.examples[: cfg.count]
         if not examples:
             raise UserError(f"{cfg.run} has no held-out prompts; ask something with prompt=...")
-    replies = policy.generate([policy.prompt_ids(e.prompt, e.chat) for e in examples], cfg.sampler, cfg.seed)
-    for example, reply in zip(examples, replies, strict=True):
-        print(f"> {example.prompt_text}\n{reply.text}\n")
-    return [r.text for r in replies]
+    if cfg.revise and run.cfg.model.kind == "tabular":
+        raise UserError(f"revise={cfg.revise}: the replies of model={run.cfg.model.name} are no texts to revise; set revise=0")
+    written = self_revise(policy, examples, cfg.sampler, cfg.seed, cfg.revise)
+    for example, (first, *revisions) in zip(examples, written, strict=True):
+        print(f"> {example.prompt_text}\n{first}\n")
+        for number, text in enumerate(revisions, 1):
+            print(f"revision {number}: {text}\n")
+    return [texts[-1] for texts in written]
 
 
 def _open(folder: str, change: Any) -> Run:

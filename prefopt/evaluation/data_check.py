@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prefopt.config.catalogue import objective_info, table
+from prefopt.config.catalogue import table
+from prefopt.config.mixtures import described
 from prefopt.config.schema import DataCheckConfig
 from prefopt.data.dataset import Dataset, make_dataset
 from prefopt.data.records import Example
 from prefopt.data.sources import Split, load_data
 from prefopt.data.tokenise import Branch, Tokeniser, Tokens
+from prefopt.data.transforms import apply_transforms, transform_lines
 from prefopt.errors import UserError
 
 SHOWN = 20  # broken rows listed per split
@@ -32,6 +34,8 @@ class Measured:
     longer: list[int] = field(default_factory=list)  # tokens of the first completion minus those of the last
 
     def __call__(self, example: Example) -> Tokens:
+        if example.kind == "extra":  # an extra sequence of a pair: its replies are measured where they are the row's own
+            return self.tokeniser(example)
         if not isinstance(self.tokeniser, Tokeniser):
             whole = tokens = self.tokeniser(example)
             self.note(example, whole)
@@ -55,15 +59,17 @@ class Measured:
 
 def check_text(cfg: DataCheckConfig) -> str:
     """The report. Broken rows are listed even where a run would stop at the first. Raises `UserError` where no run could start."""
-    info = objective_info(cfg.algo["_target_"], cfg.trust.packages)
+    info = described(cfg.algo, cfg.trust.packages)
     if cfg.source.kind != "offline":  # replies will be sampled: the rows only have to have prompts
         info = replace(info, view="groups", columns=("weight", "label", "margin"))
     data = replace(cfg.data, on_bad_row="skip")
     tokeniser, show = _tokeniser(cfg, data)
     parts: list[tuple[Split, Dataset, Measured]] = []
-    for split in load_data(data):
+    splits = load_data(data)
+    apply_transforms(splits, data, seed=0)
+    for split in splits:
         measured = Measured(tokeniser)
-        parts.append((split, make_dataset(split, data, measured, info.view, info.columns, False, 0), measured))
+        parts.append((split, make_dataset(split, data, measured, info.view, info.columns, False, 0, extra=info.extra), measured))
     name = cfg.algo.get("name", info.name)
     lines = [f"data={cfg.data.name} as algo={name} (view: {info.view}) and model={cfg.model.name} would see it"]
     for split, made, measured in parts:
@@ -72,7 +78,7 @@ def check_text(cfg: DataCheckConfig) -> str:
     lines += _broken(parts, cfg.data.on_bad_row == "stop")
     if isinstance(tokeniser, Tokeniser):
         lines += ["", *_suggestion(parts, tokeniser)]
-    return "\n".join([*lines, "", *_example(parts[0][1], cfg.example, info.view, show)])
+    return "\n".join([*lines, "", *_example(parts[0][1], cfg.example, info.view, show, info.extra)])
 
 
 def _tokeniser(cfg: DataCheckConfig, data: Any) -> tuple[Callable[[Example], Tokens], Callable[[list[int]], str]]:
@@ -110,13 +116,18 @@ def _split_lines(split: Split, made: Dataset, measured: Measured, view: str, tok
     if not split.examples:
         return rows
     kinds = Counter(e.kind for e in split.examples)
-    about = [("kinds", ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))]
+    about = [(f"transform {name}", done) for name, done in transform_lines(split)]
+    about += [("kinds", ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))]
     if unused := sorted({key for e in split.examples for key in e.meta}):
         about.append(("columns not used", ", ".join(unused)))
     about += [("no preference", f"{count}: {reason}") for reason, count in split.no_preference.most_common()]
     about += [
         ("truncated", f"{made.stats['truncated_prompts']} prompts, {made.stats['truncated_completions']} completions, "
                       f"{made.stats['cut_tokens']} tokens lost"),
+    ]
+    if made.stats.get("extra_sequences"):
+        about.append(("extra sequences", f"{made.stats['extra_sequences']}, {made.stats['truncated_extra_sequences']} of them truncated"))
+    about += [
         ("replies without end", f"{sum(not b.complete for r in made.rows for b in r.branches(view))} (a cut reply gets no invented end)"),
     ]
     if isinstance(tokeniser, Tokeniser):
@@ -207,7 +218,9 @@ def _suggestion(parts: Sequence[tuple[Split, Dataset, Measured]], tokeniser: Tok
     return lines
 
 
-def _example(made: Dataset, number: int, view: str, show: Callable[[list[int]], str]) -> list[str]:
+def _example(
+    made: Dataset, number: int, view: str, show: Callable[[list[int]], str], extra: Sequence[str] = ()
+) -> list[str]:
     if not made.rows:
         return ["no usable row to show"]
     if not 0 <= number < len(made.rows):
@@ -216,11 +229,19 @@ def _example(made: Dataset, number: int, view: str, show: Callable[[list[int]], 
     told = f", label {example.label:g}" if example.kind == "pair" and example.label != 1 else ""
     told += f", weight {example.weight:g}" if example.weight != 1 else ""
     told += f", margin {example.margin:g}" if example.margin else ""
+    told += f", stage {example.stage + 1}" if any(e.stage for e in made.examples) else ""
     lines = [f"example {number}: {example.origin} ({example.kind}{told}); trained tokens stand in {MARKS}",
              f"prompt, shared, {len(row.tokens.prompt)} tokens" + _lost(row.tokens.cut_prompt, "at its start"), show(row.tokens.prompt)]
     for i, (name, branch) in enumerate(zip(names(example), row.branches(view), strict=False)):
         cut = row.tokens.cut_completions[i]
         lines += [f"{name}, {len(branch.ids)} tokens, {branch.trained} trained" + _lost(cut, "at its end"), marked(branch, show)]
+    for i, tokens in enumerate(row.extra):
+        branch, name = tokens.branches[0], extra[i % len(extra)]
+        pair = f" of pair {i // len(extra) + 1}" if len(row.extra) > len(extra) else ""
+        lines += [f"extra sequence {name}{pair}: prompt, {len(tokens.prompt)} tokens" + _lost(tokens.cut_prompt, "at its start"),
+                  show(tokens.prompt),
+                  f"its reply, {len(branch.ids)} tokens, {branch.trained} trained" + _lost(tokens.cut_completions[0], "at its end"),
+                  marked(branch, show)]
     return lines
 
 

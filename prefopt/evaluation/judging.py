@@ -21,11 +21,13 @@ ON_ROWS = (
     ("reference_ranking_accuracy", "reference ranking accuracy, %", 1),
     ("reference_ranking_accuracy_per_token", "reference, per token, %", 1), ("kendall_tau", "Kendall's tau (implicit reward)", 3),
     ("ranking_kendall_tau", "Kendall's tau (log-prob)", 3), ("logp/chosen", "log-prob of chosen, nats", 2),
-    ("logp/rejected", "log-prob of rejected, nats", 2),
+    ("logp/rejected", "log-prob of rejected, nats", 2), ("log_ratio/chosen", "log-ratio to the reference, chosen, nats", 2),
+    ("log_ratio/rejected", "log-ratio to the reference, rejected, nats", 2),
 )  # fmt: skip
 ON_SAMPLES = (
     ("true_reward", "true reward", 3), ("reward", "trained reward", 3), ("win_rate", "win rate vs initial, %", 1),
-    ("lc_win_rate", "length-controlled win rate, %", 1), ("kl", "KL to initial, nats", 3), ("length", "length, tokens", 1),
+    ("lc_win_rate", "length-controlled win rate, %", 1), ("kl", "KL to initial, nats", 3),
+    ("forward_kl", "KL from initial, nats", 3), ("length", "length, tokens", 1),
     ("finished", "finished, %", 1), ("distinct_2", "distinct-2, %", 1),
 )  # fmt: skip
 # What two runs of different objectives have in the same units.

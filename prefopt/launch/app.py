@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import re
+import shlex
 import sys
 import types
 from collections.abc import Sequence
@@ -26,10 +27,12 @@ from prefopt.config.catalogue import GROUPS
 from prefopt.config.completion import OPTIONS
 from prefopt.config.compose import rephrase, typed
 from prefopt.config.schema import TrainConfig, config_of
-from prefopt.data.sources import check_files
+from prefopt.config.stages import quote
+from prefopt.data.fits import check_data
 from prefopt.errors import UserError, nearest
 from prefopt.launch import multirun
 from prefopt.launch.local import run_here
+from prefopt.launch.stages import run_stages, stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.rundir import claim, release
@@ -81,13 +84,14 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     if args.experimental_rerun:
         raise UserError("--experimental-rerun reads a pickle, which could run any code; repeat the command in the run's manifest.json")
     # These groups are in the defaults list, where Hydra refuses its own customary plus sign.
-    args.overrides = [re.sub(r"^\+(adapter|experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
+    args.overrides = [re.sub(r"^\+(adapter|transforms|experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
     # A question is free text: its commas, quotes and colons mean nothing to Hydra.
     args.overrides = [_quoted(o) if o.startswith("prompt=") else o for o in args.overrides]
     for word in args.overrides:
         if word.startswith("~") and (key := word[1:].partition("=")[0]) not in GROUPS and not key.startswith("hydra"):
             raise UserError(f"{word}: a key cannot be taken away, it would silently fall back to a default; set it: {key}=...")
-        if (match := re.match(r"(\w+)=\[([\w-]+)\b.*\]$", word)) and match[1] in set(GROUPS) - {"experiment", "sweep", "debug"}:
+        several = {"transforms", "experiment", "sweep", "debug"}
+        if (match := re.match(r"(\w+)=\[([\w-]+)\b.*\]$", word)) and match[1] in set(GROUPS) - several:
             both = "; for both trackers: tracker=wandb tracker.tensorboard=true" if match[1] == "tracker" else ""
             raise UserError(f"{word}: Hydra would merge these into one, and the last would win; choose one: {match[1]}={match[2]}{both}")
     return args
@@ -97,8 +101,7 @@ def _quoted(word: str) -> str:
     key, _, text = word.partition("=")
     if text in ("", "null") or (len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"):
         return word
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)  # Hydra's grammar: backslashes count only before a quote
-    return f"{key}='{escaped}'"
+    return f"{key}={quote(text)}"
 
 
 def refuse(message: str) -> NoReturn:
@@ -109,7 +112,7 @@ def refuse(message: str) -> NoReturn:
     raise UserError(re.sub(r"^argument (\S+?)(/-\w+)*:", r"\1:", message))
 
 
-# Files and folders that Hydra or a command is about to make, deepest first: those that stay empty are taken back.
+# Files and folders that Hydra or a command is about to make: those that stay empty are taken back.
 MADE: list[Path] = []
 
 
@@ -119,7 +122,7 @@ def note(path: Path) -> None:
 
 def remove_made() -> None:
     """A command that was refused leaves nothing behind, neither the folder of its run nor the folders above it."""
-    for path in MADE:
+    for path in sorted(MADE, key=lambda p: -len(p.parts)):
         if path.name == "multirun.yaml" and not path.with_name("sweep.json").exists():
             path.unlink(missing_ok=True)
         elif path.is_dir() and not any(path.iterdir()):
@@ -157,14 +160,16 @@ def _register_launcher() -> None:
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
-    check_files(cfg.data)
-    check_trackers(cfg.tracker)
-    note(Path(cfg.run_dir).absolute())
+    first = stages_of(cfg)
+    for part in (*(stage.cfg for stage in first), cfg):
+        check_data(part)
+        check_trackers(part.tracker)
+        note(Path(part.run_dir).absolute())
     if claim(cfg, cfg.algo["name"]) == "finished":
         print(f"{cfg.run_dir} is finished; choose another hydra.run.dir to run again", file=sys.stderr)
         return {"finished": True}
     try:
-        return run_here(cfg)
+        return run_stages(first, cfg.run_dir) or run_here(cfg)
     finally:
         release(Path(cfg.run_dir))
 
@@ -172,7 +177,11 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 def plan(cfg: TrainConfig) -> None:
     from prefopt.training.plan_text import plan_text
 
-    check_files(cfg.data)
+    first = stages_of(cfg)
+    for part in (*(stage.cfg for stage in first), cfg):
+        check_data(part)
+    for stage in first:
+        print(f"stage {stage.name}, which comes first: prefopt plan {shlex.join(stage.words)}\n\n{plan_text(stage.cfg)}\n")
     print(plan_text(cfg))
 
 

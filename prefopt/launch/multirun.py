@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from prefopt.config.compose import typed
 from prefopt.config.schema import TrainConfig
-from prefopt.data.sources import check_files
+from prefopt.data.fits import check_data
 from prefopt.errors import RunFailed, UserError
 from prefopt.launch.local import forwarding, worker_command, worker_environment
+from prefopt.launch.stages import Stage, stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.rundir import claim, read_status, release, write_atomic
@@ -36,11 +37,17 @@ class JobLauncher(Launcher):
         sweep = Path(self.config.hydra.sweep.dir)
         jobs = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         hide_secrets(sweep / "multirun.yaml")  # Hydra's own record
-        board = Board(sweep, [(overrides, cfg.run_dir) for overrides, cfg in jobs])
-        for number, (overrides, cfg) in enumerate(jobs):
+        board = Board(sweep, [(overrides, cfg.run_dir) for overrides, cfg, _ in jobs])
+        for number, (overrides, cfg, first) in enumerate(jobs):
             board.set(number, "running")
             print(f"job {number + 1}/{len(jobs)}: {' '.join(overrides) or 'no overrides'}", file=sys.stderr)
-            state, message = run_job(cfg, overrides)
+            for stage in first:
+                state, message = run_job(stage.cfg, stage.words)
+                if state != "finished":
+                    message = f"stage {stage.name}: {message}"
+                    break
+            else:
+                state, message = run_job(cfg, overrides)
             board.set(number, state, message)
             if state == "stopped":
                 break
@@ -50,9 +57,9 @@ class JobLauncher(Launcher):
             raise RunFailed(f"the sweep was stopped; the same command with hydra.sweep.dir={sweep} goes on with it")
         if bad := [j for j in board.jobs if j["state"] == "failed"]:
             raise RunFailed(f"{len(bad)} of {len(jobs)} jobs failed; their messages are above and in {sweep / 'sweep.json'}")
-        return [self._returned(overrides) for overrides, _ in jobs]
+        return [self._returned(overrides) for overrides, *_ in jobs]
 
-    def _compose(self, overrides: list[str], number: int) -> tuple[list[str], TrainConfig]:
+    def _compose(self, overrides: list[str], number: int) -> tuple[list[str], TrainConfig, list[Stage]]:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
@@ -62,11 +69,13 @@ class JobLauncher(Launcher):
         HydraConfig.instance().set_config(config)
         try:
             cfg = typed(config, "train", config.hydra.runtime.choices.algo)
-            check_files(cfg.data)
-            check_trackers(cfg.tracker)
-            return overrides, cfg
+            first = stages_of(cfg)
+            for part in (*(stage.cfg for stage in first), cfg):
+                check_data(part)
+                check_trackers(part.tracker)
+            return overrides, cfg, first
         except UserError as error:
-            raise UserError(f"job {number + 1} ({' '.join(overrides)}): {error}. No job was started.") from error
+            raise UserError(f"job {number + 1} ({' '.join(overrides)}): {str(error).rstrip('.')}. No job was started.") from error
 
     def _returned(self, overrides: list[str]) -> JobReturn:
         done = JobReturn(overrides=overrides, cfg=OmegaConf.create(), hydra_cfg=OmegaConf.create(), status=JobStatus.COMPLETED)

@@ -17,13 +17,18 @@ from torch import Tensor
 
 @dataclass
 class Pairs:
-    """Edges compared two by two. All tensors are [P]."""
+    """Edges compared two by two. All tensors but `extra` are [P]."""
 
     chosen: Tensor
     rejected: Tensor
     label: Tensor  # probability that `chosen` is the better one; 1 unless the data carries soft labels
     weight: Tensor
     margin: Tensor  # by how much `chosen` should win, in units of the objective's logit; 0 by default
+    extra: Tensor | None = None  # [P, A] edges of each pair's extra sequences, in the order of `Objective.extra`; [P, 0] if there are none
+
+    def __post_init__(self):
+        if self.extra is None:
+            self.extra = self.chosen.new_zeros(len(self.chosen), 0)
 
 
 @dataclass
@@ -97,13 +102,17 @@ class Rankings:
 
 
 VIEWS = ("pairs", "unary", "demonstrations", "ranking", "groups")
+# Quantities with a number for each token: its log-prob; of the policy the `divergence` of its distribution from another scorer's; of a
+# teacher the soft `value` before it, and the `distance` from a second teacher. Then the policy's last hidden state, and SparsePO's masks.
+PER_TOKEN = ("token_logp", "divergence", "value", "distance", "hidden", "mask_reward", "mask_kl")
+SHAPES: dict[str, tuple[int, ...]] = {"hidden": (1,), "degree_logits": (2, 3)}  # of what is more than a number
 
 
 @dataclass
 class Batch:
     """Scores of a set of edges and the views an objective reads them through.
 
-    `scores[scorer][quantity]`: `logp` (token sum) and `reward` are [E], `token_logp` is [N]. `token_edge` [N] names each token's edge.
+    `scores[scorer][quantity]`: `logp` (token sum) and `reward` are [E], those of `PER_TOKEN` [N]. `token_edge` [N] names each token's edge.
     """
 
     lengths: Tensor  # [E] number of trained tokens
@@ -114,6 +123,7 @@ class Batch:
     demonstrations: Demonstrations | None = None
     ranking: Rankings | None = None
     groups: Groups | None = None
+    step: Tensor | None = None  # [N] the reasoning step that a token is part of, from 0 without gaps in each edge; None: all 0
 
     def views(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
         """The views that are there, with every tensor replaced by `change(field, tensor)`."""
@@ -128,6 +138,10 @@ class Batch:
         """[E] log-prob per trained token."""
         return self.logp(scorer) / self.lengths
 
+    def edge_sum(self, values: Tensor) -> Tensor:
+        """[E, ...] sum of `values` [N, ...] over each edge's tokens."""
+        return values.new_zeros(len(self.lengths), *values.shape[1:]).index_add(0, self.token_edge, values)
+
     def log_ratio(self, scorer: str = "policy", against: str = "reference") -> Tensor:
         """[E] log pi - log pi_ref, nats. No gradient reaches `against`."""
         return self.logp(scorer) - self.logp(against).detach()
@@ -138,12 +152,18 @@ class Batch:
         member[edges] = True
         return member[self.token_edge]
 
-    def prefix_sum(self, edges: Tensor, counts: Tensor, scorer: str = "policy") -> Tensor:
-        """[P] log-prob of the first `counts` [P] trained tokens of each of `edges` [P]; an edge's tokens follow one another."""
+    def token_places(self, edges: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the first `counts` [P] trained tokens of each of `edges` [P], one edge after the other, and the place in `edges` that
+        each belongs to. An edge's tokens follow one another."""
         which = torch.arange(len(edges), device=edges.device).repeat_interleave(counts)
         within = torch.arange(len(which), device=edges.device) - (counts.cumsum(0) - counts)[which]
         start = self.lengths.cumsum(0) - self.lengths
-        taken = self.scores[scorer]["token_logp"][start[edges][which] + within]
+        return start[edges][which] + within, which
+
+    def prefix_sum(self, edges: Tensor, counts: Tensor, scorer: str = "policy") -> Tensor:
+        """[P] log-prob of the first `counts` [P] trained tokens of each of `edges` [P]."""
+        places, which = self.token_places(edges, counts)
+        taken = self.scores[scorer]["token_logp"][places]
         return taken.new_zeros(edges.shape).index_add(0, which, taken)
 
 
@@ -159,12 +179,21 @@ class Term:
     values: Tensor
     unit: str  # pair | completion | prompt | token
     weight: float = 1.0
+    batch: Batch | None = None  # whose views hold its units, where these are not the views of the batch that was scored (mixtures)
 
 
 @dataclass
 class Terms:
     terms: list[Term]
     metrics: dict[str, Tensor] = field(default_factory=dict)  # detached scalars or per-unit values, averaged for logs
+
+
+@dataclass(frozen=True)
+class About:
+    """What a module that an objective brings along may know of its policy: how wide its hidden states are, and how many layers it has."""
+
+    hidden: int
+    layers: int
 
 
 @dataclass
@@ -175,21 +204,31 @@ class Objective:
     `formula` is the value of each term for one unit, in plain arithmetic: w, l (sequence log-probs of chosen and rejected), rw, rl
     (the same under the reference), nw, nl (their token counts), h = (w-rw)-(l-rl), p (soft label), m (margin), W, L (lists of t, s of
     each token of chosen and rejected), Q (c, g: shares and gaps of a pair in AOT's coupling of the batch), mu, sd (mean and deviation
-    over the batch of the pairs' differences of log-ratios per token); of a reward model a, b
+    over the batch of the pairs' differences of log-ratios per token), XS (y, r, n of each extra sequence of the pair), X (of each of them
+    the list of t, s of its tokens);
+    of the same tokens DW, DL (divergence), TW, TL (log-prob under the teacher), VW, VL (the teacher's soft value before them), DIST (of
+    the chosen ones: how far both teachers are apart), MW, ML (u, d: SparsePO's masks), and ZW, ZL (logits of the degrees of
+    degradation, of each version of chosen and rejected); of a reward model a, b
     (rewards of both); unary: y, r, n, d (1 if desirable), z (KL estimate), mid (midpoint of the mean y-r of both classes); t (one token's
     log-prob), s (the same under the reference); groups: R (the completion's reward), G (rewards of its group), tokens (of each token t, o
     under the policy that sampled it, s under the reference); lists: S (y, r,
-    n and the score v of each completion, best first; rank(i, S): place by y - r, win_rate(i, S): mean sigmoid(v - other v)). sg(x) is x
-    held constant in the gradient. Tests evaluate it as the oracle, the docs print it.
+    n and the score v of each completion, best first; rank(i, S): place by y - r, win_rate(i, S): mean sigmoid(v - other v)), T
+    (h, x: summed hidden state and log-ratio of each step of each completion). sg(x) is x held constant in the gradient. Tests evaluate it
+    as the oracle, the docs print it.
     `golden` lists (settings and scores, value); `limits` lists (settings and scores to pin, formula that must then hold).
     """
 
     view: ClassVar[str] = "pairs"
     quantities: ClassVar[dict[str, tuple[str, ...]]] = {"policy": ("logp",), "reference": ("logp",)}
     coupling: ClassVar[str] = "local"  # "global": the loss needs the scores of the whole global batch at once
+    # What the policy's quantity `divergence` is: (kind, scorer); kinds: policies/divergence.py. Gradients reach the policy alone.
+    divergence_from: ClassVar[tuple[str, str]] = ("forward", "reference")
     columns: ClassVar[tuple[str, ...]] = ("weight",)  # optional data columns this objective makes use of
     proper_likelihood: ClassVar[bool] = False  # needs log-probs of a normalised distribution (refused on diffusion)
     mismatched: ClassVar[bool] = False  # also scores each prompt with another row's reply
+    extra: ClassVar[tuple[str, ...]] = ()  # further sequences of each pair, under prompts of their own: names of data/extra.py
+    extra_scorers: ClassVar[tuple[str, ...]] = ("policy", "reference")  # who scores them; of the others they have scores of 0
+    steps: ClassVar[bool] = False  # completions are cut into reasoning steps, for `Batch.step`
     min_batch: ClassVar[int] = 1
     starts_level: ClassVar[bool] = True  # where policy = reference, every row has the same loss and every reward is 0
     # From policy = reference, a step moves the sides of a pair "apart", widens only their "gap", or may go "astray".
@@ -206,12 +245,36 @@ class Objective:
             if not holds(rule, values):
                 raise ValueError(f"{type(self).__name__}: {rule} does not hold for {values}")
 
+    def averages(self) -> dict[str, float]:
+        """Scorers that are moving averages of the policy's weights -> the share of the policy that goes into each after every step. They
+        start where the policy does, and no gradient reaches them."""
+        return {}
+
+    def build(self, about: About) -> Any:
+        """The `nn.Module` that this objective trains beside the policy, or None. `module(layout, hidden [N, d], layers [N, L, d] or None)`,
+        the hidden states of the policy and those of all layers of the reference, gives quantities of the policy by name. Its attribute
+        `weight_decay`, if it has one, is its own."""
+        return None
+
     def __call__(self, batch: Batch) -> Terms:
         raise TypeError(f"{type(self).__name__} defines no __call__")
 
     def rewards(self, batch: Batch) -> Tensor:
-        """[E] implicit reward of each edge, detached, in the objective's own logit units; used for margins and accuracy."""
-        raise TypeError(f"{type(self).__name__} defines no rewards")
+        """[E] implicit reward of each edge, detached, in the objective's own logit units; used for margins and accuracy.
+
+        Without a definition of its own: DPO's reward beta (log pi - log ref), for classes with a field `beta` that read both.
+        """
+        if not hasattr(self, "beta") or any("logp" not in self.quantities.get(s, ()) for s in ("policy", "reference")):
+            raise TypeError(f"{type(self).__name__} defines no rewards, and without beta and a reference there is no default")
+        return self.beta * batch.log_ratio().detach()
+
+    @property
+    def states_of(self) -> tuple[str, ...]:
+        """Frozen scorers that must be there while the policy is trained: log-probs that were kept do not do. They are those that the
+        policy's divergence is taken from, and those with the quantity `states` or `layers` (which are no numbers: the objective sees
+        neither)."""
+        compared = self.divergence_from[1] if "divergence" in self.quantities["policy"] else None
+        return tuple(scorer for scorer, wanted in self.quantities.items() if scorer == compared or {"states", "layers"} & set(wanted))
 
 
 def holds(rule: str, values: Mapping[str, object]) -> bool:
@@ -221,6 +284,7 @@ def holds(rule: str, values: Mapping[str, object]) -> bool:
 
 def unit_weight(batch: Batch, term: Term) -> Tensor:
     """Weight of each of a term's values, from the data; 1 where the data has none."""
+    batch = term.batch or batch
     if term.unit == "token":  # tokens of the demonstrations, or of the chosen sides; an edge weighs as much as the rows it stands in
         view = batch.demonstrations or batch.pairs
         edge = view.chosen if view is batch.pairs else view.edge
@@ -233,11 +297,11 @@ def unit_weight(batch: Batch, term: Term) -> Tensor:
 
 def total_weights(objective: Objective, batch: Batch) -> dict[str, float]:
     """Total weight of each term's values, from the layout alone: the objective is called on zero scores, no model is run."""
-    blank = {
-        scorer: {q: torch.zeros_like(batch.token_edge if q == "token_logp" else batch.lengths, dtype=torch.float64) for q in quantities}
-        for scorer, quantities in objective.quantities.items()
-    }
-    layout = replace(batch, scores=blank)
+    def blank(quantity: str) -> Tensor:
+        rows = batch.token_edge if quantity in PER_TOKEN else batch.lengths
+        return torch.zeros(len(rows), *SHAPES.get(quantity, ()), dtype=torch.float64, device=rows.device)
+
+    layout = replace(batch, scores={s: {q: blank(q) for q in quantities} for s, quantities in objective.quantities.items()})
     with torch.no_grad():
         return {t.name: float(unit_weight(layout, t).sum()) for t in objective(layout).terms}
 

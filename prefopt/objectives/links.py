@@ -54,9 +54,6 @@ class RobustDPO(Objective):
         clean = (batch.pairs.label - self.eps) / (1 - 2 * self.eps)
         return Terms([Term("preference", logistic(self.beta * (chosen - rejected), clean), "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class Hinge(Objective):
@@ -84,9 +81,6 @@ class Hinge(Objective):
         chosen, rejected = sides(batch)
         return Terms([Term("preference", F.relu(1 - self.beta * (chosen - rejected)), "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class EXO(Objective):
@@ -98,7 +92,8 @@ class EXO(Objective):
     The paper's beta_pi is beta. Its reward-model form for two replies is a soft label with eps near 0. The authors' code takes the
     pair (0, -10) for the logarithms of P and 1-P; eps = exp(-10) gives that to within 5e-5.
     Rewards: beta (log pi - log ref). Ranges: loss starts at -ln 2 - ln(eps (1-eps)) / 2 and falls to 0, where the margin is
-    log((1-eps)/eps). Limits: a pair that is far on the wrong side has almost no gradient.
+    log((1-eps)/eps). When: the policy should keep to the best replies, as RLHF does, where DPO would cover all that are preferred.
+    Limits: a pair that is far on the wrong side has almost no gradient.
     """
 
     beta: float = 0.5
@@ -128,9 +123,6 @@ class EXO(Objective):
         first = torch.sigmoid(logit) * (F.logsigmoid(logit) - win.log())
         return Terms([Term("preference", first + torch.sigmoid(-logit) * (F.logsigmoid(-logit) - lose.log()), "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class NCA(Objective):
@@ -140,7 +132,7 @@ class NCA(Objective):
     L = -log sigmoid(R(yw)) - [log sigmoid(-R(yw)) + log sigmoid(-R(yl))] / 2, mean over pairs
     This is the paper's NCA for two replies of which one is preferred for certain. Rewards: R. Ranges: loss starts at 2 ln 2; the
     chosen reward tends to ln 2 and no further, the rejected one falls without end. When: DPO lowers the likelihood of chosen replies
-    and that hurts, as in reasoning and code.
+    and that hurts, as in reasoning and code. Limits: replies are not compared with each other, only with the reference.
     """
 
     beta: float = 0.01
@@ -161,9 +153,6 @@ class NCA(Objective):
         values = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
         return Terms([Term("preference", values, "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class APOZero(Objective):
@@ -173,7 +162,7 @@ class APOZero(Objective):
     Each reply is anchored to the reference by itself; a term's slope is largest at the reference and dies out far from it.
     Accelerated preference optimisation goes by the same three letters and is another method.
     Rewards: beta (log pi - log ref). Ranges: loss starts at 1 and lies in (0, 2). When: the chosen replies are better than what the
-    model would write; if they are worse, use apo_down.
+    model would write; if they are worse, use apo_down. Limits: replies far from the reference have no gradient, however wrong.
     """
 
     beta: float = 0.1
@@ -191,9 +180,6 @@ class APOZero(Objective):
         chosen, rejected = sides(batch)
         return Terms([Term("preference", torch.sigmoid(-self.beta * chosen) + torch.sigmoid(self.beta * rejected), "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class APODown(Objective):
@@ -202,8 +188,8 @@ class APODown(Objective):
     L = sigmoid(beta (log pi(yw) - log ref(yw))) + 1 - sigmoid(beta h), mean over pairs; h as in DPO
     Accelerated preference optimisation goes by the same three letters and is another method.
     Rewards: beta (log pi - log ref). Ranges: loss starts at 1 and lies in (0, 2). When: even the chosen replies are worse than what
-    the model would write, so that only their difference teaches. At the start the chosen reply has no gradient at all: the two terms
-    cancel, and only the rejected reply moves.
+    the model would write, so that only their difference teaches. Limits: at the start the chosen reply has no gradient at all: the two
+    terms cancel, and only the rejected reply moves.
     """
 
     beta: float = 0.1
@@ -222,9 +208,6 @@ class APODown(Objective):
         chosen, rejected = sides(batch)
         values = torch.sigmoid(self.beta * chosen) + torch.sigmoid(-self.beta * (chosen - rejected))
         return Terms([Term("preference", values, "pair")])
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
 
 
 @dataclass
@@ -273,7 +256,8 @@ class DiscoPOP(Objective):
     the start has the wrong sign. At the defaults pairs with h between -2.37 and 1.44 nats are drawn to -2.37. In the paper the noise of
     training carries pairs over the hump; it reports failures for beta <= 0.01 and >= 2.5. tau above 1 is refused: there a wrong pair
     would weigh exponentially. Rewards: beta (log pi - log ref). Ranges: loss starts at (1 + ln 2)/2.
-    Limits: on few, clean pairs and full batches it may stay in its local minimum; raise tau above 0.102, or use DPO.
+    When: many noisy pairs, as in the chat data that it was found on. Limits: on few, clean pairs and full batches it may stay in its
+    local minimum; raise tau above 0.102, or use DPO.
     """
 
     beta: float = 0.05
@@ -297,9 +281,6 @@ class DiscoPOP(Objective):
         # The gate goes into the exponent, which then has an upper bound: exp(-logit) alone has none.
         exponential = torch.exp(F.logsigmoid(logit / self.tau) - logit)
         return Terms([Term("preference", exponential - torch.sigmoid(-logit / self.tau) * F.logsigmoid(logit), "pair")])
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
 
 
 def steady_expm1(x: Tensor) -> Tensor:
@@ -397,6 +378,3 @@ class IREPO(Objective):
         chosen, rejected = sides(batch)
         odds = torch.logit(batch.pairs.label.clamp(self.eps, 1 - self.eps))
         return Terms([Term("preference", (self.beta * (chosen - rejected) - odds) ** 2, "pair")])
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()

@@ -49,6 +49,7 @@ class PlackettLuceDPO(Objective):
     With equal scores only what is certain counts: y_k is chosen among itself and all with a lower score. A list of two is DPO.
     On orders drawn from Plackett-Luce with reward r the optimum is pi_ref exp(r / beta). A soft label p of a pair counts as two lists, in
     both orders, of weight p and 1-p. Rewards: s. Ranges: the loss of a list of n starts at ln n!, rewards at 0.
+    When: rankings by annotators who ordered all replies, or samples scored by a reward model that is trusted throughout.
     Limits: a list must be in full order to be worth more than its pairs; near-ties at the end count as much as the choice of the best.
     """
 
@@ -72,9 +73,6 @@ class PlackettLuceDPO(Objective):
         s = self.beta * batch.log_ratio()[ranking.edge]
         return Terms([Term("preference", choices(s[worse] - s[better], better, ranking), "prompt")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class PRO(Objective):
@@ -85,6 +83,8 @@ class PRO(Objective):
     T are the inverse temperatures of the paper and of its code; `reward_temperatures=false` sets them to 1, for lists without scores that
     mean anything. The second term is a token sum, the contrast uses token means, as in the code, which leaves out each answer's first
     token; here it counts. Answers with equal scores are not contrasted; in the code they add constants. Rewards: s, always negative.
+    Ranges: with temperatures of 1 the first term of a list of n is ln n! where all answers are as likely per token.
+    When: scored lists whose best answers deserve to be imitated, without a reference at hand.
     Limits: no reference ties the policy; the second term grows with the length of the answer and the square of the list's.
     """
 
@@ -157,7 +157,9 @@ class LiPO(Objective):
     `loss` has the family the paper compares: dpo_bt (Delta = 1), slic_norm (Delta = 1, hinge at 1), list_mle (Plackett-Luce), softmax
     (cross-entropy of softmax(psi) and softmax(s)), pointwise_mse. A list of two is DPO with dpo_bt; Delta only scales it. No official
     code is public. Ranks count log-ratios in hundredths of a nat, ties in the order of the labels, as all are at the start, where
-    the loss is ln 2 times the sum of Delta. Rewards: s.
+    the loss is ln 2 times the sum of Delta. Rewards: s. Ranges: rewards start at 0; pointwise_mse starts at the sum of psi^2.
+    When: lists of four to eight replies with scores that mean something. Limits: mistakes among the last ranks hardly count, and a list
+    that is nearly tied teaches next to nothing.
     """
 
     beta: float = 0.05
@@ -202,9 +204,6 @@ class LiPO(Objective):
             values = per_list(delta * (F.relu(1 - gap) if self.loss == "slic_norm" else -F.logsigmoid(gap)), better, ranking)
         return Terms([Term("preference", values, "prompt")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class RRHF(Objective):
@@ -214,7 +213,7 @@ class RRHF(Objective):
     L = rrhf_weight sum over v_i > v_j of max(0, s_j - s_i) - log pi(y_1), v the scores, y_1 the best; mean over prompts
     The paper adds the two as they are. Its code weighs the first by `rrhf_weight=100` and takes the second as a mean over tokens, padding
     included: `nll_token_mean=true` is the mean over the reply's tokens. Rewards: s, always negative. Ranges: once every pair is in
-    order the first term is 0 and only imitation is left. Use it where scores are reliable and no reference is at hand.
+    order the first term is 0 and only imitation is left. When: scores are reliable and no reference is at hand.
     Limits: the hinge has no margin, so it stops at equal likelihoods; nothing ties the policy to where it started.
     """
 

@@ -24,7 +24,8 @@ class DPO(Objective):
     L = -p log sigmoid(beta h - m) - (1-p) log sigmoid(-(beta h - m)),  p = 1 - label_smoothing, mean over pairs
     With a soft label q in the data p = q (1-e) + (1-q) e; m is the data's margin (ODPO, arXiv 2402.10571), 0 by default.
     Label smoothing is the conservative DPO of the same authors' code. Rewards: beta (log pi - log ref).
-    Ranges: loss starts at ln 2, rewards at 0. Limits: the margin can grow while both likelihoods fall; watch logp/chosen.
+    Ranges: loss starts at ln 2, rewards at 0. When: pairs of replies that the reference could have written; the method to start with.
+    Limits: the margin can grow while both likelihoods fall (watch logp/chosen), and on labels without doubt it grows without end.
     """
 
     beta: float = 0.1
@@ -50,9 +51,6 @@ class DPO(Objective):
         label = pairs.label * (1 - self.label_smoothing) + (1 - pairs.label) * self.label_smoothing
         return Terms([Term("preference", logistic(self.beta * h - pairs.margin, label), "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class IPO(Objective):
@@ -61,7 +59,9 @@ class IPO(Objective):
     L = p (h - 1/(2 tau))^2 + (1-p) (h + 1/(2 tau))^2, mean over pairs; h as in DPO, p the soft label (1 by default)
     The optimum on all pairs is pi proportional to pi_ref exp(P(y beats mu)/tau).
     The paper uses token sums. `length_normalize=true` divides each log-ratio by its number of tokens, the form that TRL uses
-    and attributes to the authors. Rewards: tau h's two sides. Ranges: loss starts at 1/(4 tau^2), the margin tends to 1/(2 tau).
+    and attributes to the authors. Rewards: tau times the log-ratio. Ranges: loss starts at 1/(4 tau^2); h tends to 1/(2 tau), so the
+    margin of the rewards tends to 1/2. When: labels without doubt, where the margins of DPO would grow without end.
+    Limits: pairs beyond the target are pulled back, and one outlier weighs as much as squares let it.
     """
 
     tau: float = 0.1

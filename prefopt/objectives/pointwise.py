@@ -21,8 +21,8 @@ class ASFT(Objective):
     L = -avg(yw) - lambda_ (log sigmoid(o(yw)) + log sigmoid(-o(yl))), mean over pairs
     As sigmoid(o(y)) is p(y), this is -(1 + lambda_) avg(yw) - lambda_ log(1 - p(yl)), the form that is computed. No reply is compared
     with its partner. Not to be confused with Anchored SFT, which shares the name. Rewards: o(y). Ranges: loss >= 0, rewards any number.
-    When: to align a base model in one stage, without a reference, as ORPO does. Needs a likelihood below one, so it is refused on
-    diffusion models.
+    When: to align a base model in one stage, without a reference, as ORPO does. Limits: it needs a likelihood below one, so it is refused
+    on diffusion models; rejected replies that are unlikely already still weigh on the loss, with a gradient near 0.
     """
 
     lambda_: float = 0.1
@@ -94,9 +94,6 @@ class BCO(Objective):
         logit = self.beta * torch.where(unary.desirable, ratio - mid, mid - ratio)
         return Terms([Term("preference", -F.logsigmoid(logit), "completion")], {"delta": self.beta * mid})
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 def quantile_coupling(left: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Matches two samples of P numbers in sorted order: `left[i]` with `right[j]` by a `share` of i's weight, all three [2P].
@@ -149,6 +146,3 @@ class AOT(Objective):
         i, j, share = quantile_coupling(u.detach(), v.detach(), batch.pairs.weight)
         values = torch.zeros_like(u).index_add(0, i, share * -F.logsigmoid(self.beta * (u[i] - v[j])))
         return Terms([Term("preference", values, "pair")])
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()

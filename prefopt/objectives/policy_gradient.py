@@ -31,7 +31,9 @@ class GRPO(Objective):
     L = -mean_t [min(rho_t A, clip(rho_t, 1-epsilon, 1+epsilon) A) - beta kl_t], mean over a reply's tokens, then over replies
     The gradient of kl_t is that of KL(ref || pi); `unbiased_kl` multiplies it by rho_t, which gives that of KL(pi || ref) (2512.02556).
     `scale_rewards=false` leaves the division out, as Dr. GRPO does (2503.20783). Log-ratios above 20 count as 20 inside exp.
-    Rewards: log pi - log ref, nats. Ranges: the loss starts at 0 and says nothing; watch rollout/reward.
+    Rewards: log pi - log ref, nats. Ranges: the loss starts at 0 and says nothing, watch rollout/reward; `kl_to_reference` is at least 0
+    nats per token, `clipped` a share of tokens. When: a reward that judges any reply, and time to sample.
+    Limits: a group whose rewards are all equal teaches nothing; what the reward overlooks is exploited.
     """
 
     beta: float = 0.04

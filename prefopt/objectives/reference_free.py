@@ -20,7 +20,8 @@ class SimPO(Objective):
     L = -log sigmoid(beta (avg(yw) - avg(yl)) - gamma), mean over pairs; avg = log-prob per response token, end of turn included
     `gamma` is the paper's symbol: the official code's gamma_beta_ratio is gamma / beta. A data margin is added to gamma.
     Label smoothing e (official code): (1-e) on this term, e on its mirror image. Rewards: beta avg(y), always negative.
-    Limits: the likelihood of both replies may fall freely; nothing ties the policy to where it started.
+    Ranges: loss is log(1 + e^gamma) where both replies are as likely per token. When: no memory for a reference, and length should not
+    decide. Limits: the likelihood of both replies may fall freely; nothing ties the policy to where it started.
     """
 
     beta: float = 2.0
@@ -54,7 +55,9 @@ class CPO(Objective):
 
     L = -log sigmoid(beta (log pi(yw) - log pi(yl))) - alpha log pi(yw), token sums, mean over pairs
     The authors' code takes the second term as a mean over all chosen tokens of the batch: `nll_token_mean=true`.
-    Rewards: beta log pi(y).
+    Rewards: beta log pi(y), never positive. Ranges: the first term is ln 2 where both replies are equally likely, the second the
+    negative log-likelihood of whole replies, often hundreds of nats. When: chosen replies deserve to be imitated, as in translation.
+    Limits: token sums favour short replies; nothing but the second term ties the policy to where it started.
     """
 
     beta: float = 0.1
@@ -93,7 +96,9 @@ class ORPO(Objective):
     P(y) = exp(avg(y)), avg = log-prob per response token; odds(y) = P / (1 - P)
     L = -avg(yw) - lambda_ log sigmoid(log odds(yw) - log odds(yl)), mean over pairs
     The paper's likelihood term is a mean over each reply's tokens; TRL's is a mean over the batch's tokens, prompts included.
-    Rewards: lambda_ avg(y). Needs a likelihood below one, so it is refused on diffusion models.
+    Rewards: lambda_ avg(y), never positive. Ranges: the first term is the chosen reply's negative log-likelihood per token, the second
+    lambda_ ln 2 where both replies are as likely per token. When: to align a base model in one stage, without a reference.
+    Limits: it needs a likelihood below one, so it is refused on diffusion models; with a small lambda_ it is little more than imitation.
     """
 
     lambda_: float = 0.1
@@ -137,7 +142,9 @@ class SLiC(Objective):
     """SLiC-HF: a hinge on sequence log-probs with a likelihood regulariser (arXiv 2305.10425).
 
     L = max(0, delta - log pi(yw) + log pi(yl)) - lambda_ log pi(yw), token sums, mean over pairs
-    The regulariser's target is the chosen reply (the paper also allows the SFT target). Rewards: log pi(y).
+    The regulariser's target is the chosen reply (the paper also allows the SFT target). Rewards: log pi(y), never positive.
+    Ranges: the hinge is delta where both replies are equally likely, and 0 from a margin of delta nats on. When: clean pairs, a bounded
+    margin, and no reference at hand. Limits: token sums favour short replies; only the regulariser ties the policy to its start.
     """
 
     delta: float = 1.0

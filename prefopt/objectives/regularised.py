@@ -57,9 +57,6 @@ class RegularizedPO(Objective):
             nll = Term("nll", -logp[pairs.chosen], "pair", weight)
         return Terms([Term("preference", preference, "pair"), nll])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class DPOP(Objective):
@@ -97,9 +94,6 @@ class DPOP(Objective):
         logit = self.beta * (chosen - ratio[pairs.rejected] - self.lambda_ * F.relu(-chosen))
         fallen = (chosen < 0).to(chosen.dtype)
         return Terms([Term("preference", logistic(logit, pairs.label), "pair")], {"below_reference": fallen})
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
 
 
 @dataclass
@@ -178,21 +172,18 @@ class LengthRegularisedDPO(Objective):
         score = self.beta * ratio + self.alpha * batch.lengths.to(ratio.dtype)
         return Terms([Term("preference", logistic(score[pairs.chosen] - score[pairs.rejected], pairs.label), "pair")])
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class ConstrainedPO(Objective):
     """Constrained preference optimization: DPO with a margin per pair, against pairs that stay misranked (arXiv 2605.20834).
 
     L = -log sigmoid(beta h - gamma (1/P(yw) + 1/P(yl))), P = exp(avg log ref), no gradient, 1/P at most `max_inverse`; mean over pairs
-    It comes from adding gamma (log pi(yw) - log pi(yl)) to the RLHF objective. The derivation has the policy's sequence probabilities;
-    their inverses are astronomical, so P is the reference's geometric mean per token, and 1/P the reply's perplexity. The released code
-    has other margins, on averages per token (`length_normalize=true`): `softplus`, beta softplus(tau (gamma - d))/tau, d = log ref(yw) -
-    log ref(yl), which moves DPO's target from d to about max(d, gamma); and `inverse_logp`, its demo, with log-probs in place of
-    P: that margin is negative. Contrastive CPO is another method. Rewards: beta (log pi - log ref). Ranges: `misranked` is the share
-    of pairs with log pi(yw) < log pi(yl), `undesirable` the share of those that are past DPO's target d already.
+    It comes from adding gamma (log pi(yw) - log pi(yl)) to the RLHF objective. Inverse sequence probabilities are astronomical, so P is
+    the reference's geometric mean per token, and 1/P the reply's perplexity. The released code has other margins, on averages per token
+    (`length_normalize=true`): `softplus`, beta softplus(tau (gamma - d))/tau, d = log ref(yw) - log ref(yl), which moves the target from
+    d to about max(d, gamma); and `inverse_logp`, log-probs in place of P, a negative margin. Rewards: beta (log pi - log ref).
+    Ranges: `misranked` is the share of pairs with log pi(yw) < log pi(yl), `undesirable` the share of those past DPO's target d already.
+    When: many pairs start misranked by the reference. Limits: gamma is on the scale of perplexities, which differ from model to model.
     """
 
     beta: float = 0.1
@@ -293,8 +284,9 @@ class AlphaPO(Objective):
     P(y) = exp(avg(y)), avg = log-prob per token; r(y) = (1 - P(y)^(-alpha))/alpha, and avg(y) at alpha = 0, which is SimPO
     L = -log sigmoid(beta (r(yw) - r(yl)) - gamma), mean over pairs
     alpha > 0 makes r steeper where a reply is unlikely, so that a margin costs smaller falls of both; alpha < 0 the opposite. Beyond
-    20 the exponent -alpha avg counts as 20, and such a reply has no gradient. Rewards: beta r(y), never positive. When: SimPO lets the
-    likelihood of both replies fall. Limits: no reference, so nothing else ties the policy to where it started.
+    20 the exponent -alpha avg counts as 20, and such a reply has no gradient. Rewards: beta r(y), never positive. Ranges: the loss is
+    log(1 + e^gamma) where both replies are as likely per token. When: SimPO lets the likelihood of both replies fall.
+    Limits: no reference, so nothing else ties the policy to where it started.
     """
 
     beta: float = 2.5

@@ -20,7 +20,8 @@ class BradleyTerry(Objective):
     (Llama 2, arXiv 2307.09288: larger where the preference is stronger). Of a ranking all pairs count, together as one row.
     Pairs say nothing of a reward's level; `centring` pulls it to 0 (arXiv 2312.09244 uses 0.01) and makes rewards of different
     prompts comparable. Rewards: a and b, in nats of Bradley-Terry. Ranges: loss near ln 2 at the start; with labels drawn from
-    Bradley-Terry it cannot fall below their entropy, nor accuracy rise above the mean of max(p, 1-p).
+    Bradley-Terry it cannot fall below their entropy, nor accuracy rise above the mean of max(p, 1-p). When: a judge of replies is
+    needed, for rounds of sampling or to label data. Limits: it writes nothing, and knows little of replies unlike those it has seen.
     """
 
     centring: float = 0.0

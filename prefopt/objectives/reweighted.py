@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from prefopt.objectives.base import Batch, Objective, Term, Terms
 from prefopt.objectives.pairwise import logistic
 
@@ -55,9 +53,6 @@ class ISDAA(Objective):
             values = pairs.label * (h - target) ** 2 + (1 - pairs.label) * (h + target) ** 2
         return Terms([Term("preference", weight * values, "pair")], {"importance_weight": weight})
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class WPO(Objective):
@@ -90,6 +85,3 @@ class WPO(Objective):
         weight = (avg[pairs.chosen] + avg[pairs.rejected]).exp()
         values = weight * logistic(self.beta * (ratio[pairs.chosen] - ratio[pairs.rejected]), pairs.label)
         return Terms([Term("preference", values, "pair")], {"policy_weight": weight})
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()

@@ -45,7 +45,8 @@ class SemanticLoss(Objective):
     in which it holds: 8 both replies are predicted, 4 only yw, 2 only yl, 1 neither. "l implies w" is 13 = 8 + 4 + 1, "w" is 12.
     The tables (13, 14, 8) for P, P_C, P_A are CPO: N/D is p_w/p_l. (13, 6, 0) is ORPO's odds ratio, (12, 15, 0) cross-entropy, (4, 15, 0)
     unlikelihood, (13, 15, 0) CPO without its constraint. A structure for which N or D is empty, or N = D whatever the policy, is refused.
-    Rewards: beta log p(y). Ranges: loss >= 0. Limits: with p of whole sequences p_l is about 0, and most structures lose their force.
+    Rewards: beta log p(y). Ranges: loss >= 0. When: to try what a statement makes for a loss. Limits: with p of whole sequences p_l is
+    about 0, and most structures lose their force.
     """
 
     beta: float = 1.0
@@ -92,7 +93,8 @@ class ReferencedSemanticLoss(SemanticLoss):
     N, D, p and the three tables as in logic_dpa; p_ref(y) is p(y) under the reference
     L = -log sigmoid(beta (log(N/D) + log p_ref(yl) - log p_ref(yw)) - m), mean over pairs
     CPO's structure (13, 14, 8) with length_normalize=false is DPO. Elsewhere N/D is more than p_w/p_l, so at the start the loss differs
-    from row to row. Rewards: beta (log p - log p_ref), which start at 0. Ranges: loss >= 0.
+    from row to row. Rewards: beta (log p - log p_ref), which start at 0. Ranges: loss >= 0. When: a structure of logic_dpa should be
+    measured against a reference, as DPO does with CPO's. Limits: those of logic_dpa.
     """
 
     quantities: ClassVar = {"policy": ("logp",), "reference": ("logp",)}

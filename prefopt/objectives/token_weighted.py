@@ -77,8 +77,9 @@ class TABPO(Objective):
     L = -log sigmoid(beta h - m) + lambda_ (sum_t g_t (-log pi(yw_t))) / max(1, sum_t g_t), mean over pairs
     With tau 0 there is no barrier; above 1 it is the likelihood of the chosen reply, per token. The paper's first version also weighs
     tokens by their meaning (labels above JSON scaffolding); data has no column for such weights, so here every token weighs 1.
-    Rewards: beta (log pi - log ref). Ranges: preference starts at ln 2; the barrier is 0, or above -log tau.
-    When: chosen and rejected differ in a few tokens that matter, as in structured output; the reference is the SFT model.
+    Rewards: beta (log pi - log ref). Ranges: preference starts at ln 2; the barrier is 0, or above -log tau; `barrier_share` is the
+    share of chosen tokens below tau. When: chosen and rejected differ in a few tokens that matter, as in structured output; the reference
+    is the SFT model. Limits: every unlikely chosen token is held up, whether it matters or not.
     """
 
     beta: float = 0.1
@@ -118,6 +119,3 @@ class TABPO(Objective):
             [Term("preference", -F.logsigmoid(self.beta * h - pairs.margin), "pair"), Term("barrier", barrier, "pair", self.lambda_)],
             {"barrier_share": gated / batch.lengths[pairs.chosen]},
         )
-
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()

@@ -19,7 +19,10 @@ class KTO(Objective):
     L = lambda_D (1 - sigmoid(beta (r - z))) if desirable, else lambda_U (1 - sigmoid(beta (z - r))), mean over completions
     z estimates KL(pi || ref) over the global batch; each row's mismatched reply is fixed by a seeded derangement of the data.
     From pairs, the chosen reply is desirable and the rejected one undesirable. Set the lambdas so that
-    lambda_D n_D / (lambda_U n_U) lies between 1 and 4/3 when the classes are unbalanced. Rewards: beta r. Needs a batch of two rows.
+    lambda_D n_D / (lambda_U n_U) lies between 1 and 4/3 when the classes are unbalanced. A batch holds two rows or more.
+    Rewards: beta r. Ranges: loss starts at lambda/2 and lies in (0, lambda); `kl_estimate` is z, at least 0 nats.
+    When: thumbs-up and thumbs-down of single replies, many more of one kind than of the other, or pairs with noisy labels.
+    Limits: z is noisy where batches are small, and replies far from the reference, on either side, hardly teach.
     """
 
     beta: float = 0.1
@@ -50,15 +53,14 @@ class KTO(Objective):
         )
         return Terms([Term("preference", values, "completion")], {"kl_estimate": z})
 
-    def rewards(self, batch: Batch) -> Tensor:
-        return self.beta * batch.log_ratio().detach()
-
 
 @dataclass
 class SFT(Objective):
     """Supervised fine-tuning on demonstrations, or on the chosen side of pairs.
 
-    L = -log pi(y_t | x, y_<t), mean over all trained tokens of the global batch, nats per token. Rewards: log pi(y).
+    L = -log pi(y_t | x, y_<t), mean over all trained tokens of the global batch, nats per token
+    Rewards: log pi(y), never positive. Ranges: loss lies between 0 and about the logarithm of the size of the vocabulary.
+    When: before a preference method, on replies that deserve to be imitated. Limits: no reply is ever pushed down.
     """
 
     view: ClassVar = "demonstrations"

@@ -16,13 +16,16 @@ from prefopt.data.batch import MicroBatch, Row, build
 from prefopt.data.records import Example, Message
 from prefopt.data.tokenise import Branch, Tokeniser, Tokens
 from prefopt.errors import UserError
+from prefopt.objectives.base import About
 from prefopt.policies import packed
+from prefopt.policies.asked import Asked, answer
 from prefopt.policies.compiled import compile_layers, eagerly
 from prefopt.policies.head import head_of, refuse_adapter_on_tied_head
 from prefopt.policies.layout import hidden_states
 from prefopt.policies.loading import add_lora, context_of, first_line, load_model, load_tokenizer
 from prefopt.policies.locate import Located, locate
 from prefopt.policies.logprob import Head, token_logprobs
+from prefopt.policies.owned import consult
 
 # How far two ways of scoring the same tokens may be apart, in nats (reward models: in sizes of the hidden state): rounding of fp32, or of
 # bf16 matrix products.
@@ -166,11 +169,19 @@ class LanguageModel(nn.Module):
         for name, value in values.items():
             setattr(self, name, value)
 
-    def states(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """([P, d] hidden states, [N] places that predict the trained tokens, [E] places of the edges' last tokens)."""
+    def states(self, micro: MicroBatch, layers: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """([P, d] hidden states, [N] places that predict the trained tokens, [E] places of the edges' last tokens); with `layers` the
+        states are [P, L, d], those of all layers."""
         attention = self.kernel if self.layout == "packed" else self.attention
         config = self.inner.config.get_text_config()
-        return hidden_states(self.decoder, config, micro, self.pad, self.layout, attention, self.share)
+        with eagerly(layers and self.cfg.compile):  # the hooks that gather them are not to be compiled
+            return hidden_states(self.decoder, config, micro, self.pad, self.layout, attention, self.share, layers)
+
+    @property
+    def about(self) -> About:
+        """What a module of the objective may know."""
+        config = self.inner.config.get_text_config()
+        return About(config.hidden_size, config.num_hidden_layers)
 
     @property
     def placed(self) -> str:
@@ -205,7 +216,7 @@ class LanguageModel(nn.Module):
 
 
 class CausalLM(LanguageModel):
-    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order.
+    """`forward(micro) -> [N]` log-probs (nats, fp32) of the trained tokens of E edges, in edge order; with `asked` a dict that holds more.
 
     Prompts are computed once for all of their completions (`policies/layout.py`) and logits are made in chunks (`policies/logprob.py`),
     where the architecture allows it.
@@ -226,14 +237,19 @@ class CausalLM(LanguageModel):
         """How log-probs are made, for the manifest."""
         return f"{self.placed}, {'chunked' if self.fuse else 'full'} logits"
 
-    def forward(self, micro: MicroBatch) -> Tensor:
+    def forward(self, micro: MicroBatch, asked: Asked | None = None) -> Tensor | dict[str, Any]:
         targets = micro.input_ids[:, 1:][micro.trained[:, 1:]]
         with self.autocast():
+            if asked is not None:
+                states, head = self._hidden(micro, asked.layers), self._head()
+                hidden, layers = (states[:, -1], states) if asked.layers else (states, None)
+                made = answer(asked, token_logprobs(hidden, head, targets), hidden, head, layers)
+                return made | consult(self, micro, hidden, asked.given) if asked.module else made
             return token_logprobs(self._hidden(micro), self._head(), targets) if self.fuse else self._from_logits(micro, targets)
 
-    def _hidden(self, micro: MicroBatch) -> Tensor:
-        """[N, d] the hidden states that predict the trained tokens."""
-        hidden, predict, _ = self.states(micro)
+    def _hidden(self, micro: MicroBatch, layers: bool = False) -> Tensor:
+        """[N, d] the hidden states that predict the trained tokens; [N, L, d] those of all layers."""
+        hidden, predict, _ = self.states(micro, layers)
         return hidden[predict]
 
     def _probe(self, micro: MicroBatch, plain: bool = False) -> Tensor:
@@ -262,7 +278,8 @@ class CausalLM(LanguageModel):
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
-        """One reply per prompt, at most as long as the context allows. The samples depend on `seed`, on the prompts, their order and
+        """One reply per prompt, at most as long as the context allows: drawn, or at temperature 0 the most likely one that `sampler.beams`
+        beams find (one beam: word by word). The samples depend on `seed`, on the prompts, their order and
         `sampler.batch_size` only; global RNG state is left alone.
         """
         from transformers import GenerationConfig
@@ -271,10 +288,12 @@ class CausalLM(LanguageModel):
         if room < 1:
             raise UserError(f"a prompt fills the model's context of {self.tokeniser.context} tokens; lower data.max_prompt_tokens")
         greedy = sampler.temperature == 0
+        # Scores of beams are sums of log-probs; without a penalty on length they only fall, so the search may end when none can still win.
+        search = {"num_beams": sampler.beams, "length_penalty": 0.0, "early_stopping": "never"} if sampler.beams > 1 else {}
         settings = GenerationConfig(
             max_new_tokens=min(sampler.max_new_tokens, room), do_sample=not greedy, temperature=None if greedy else sampler.temperature,
             top_p=None if greedy else sampler.top_p, top_k=None if greedy else 0, pad_token_id=self.pad,
-            eos_token_id=sorted(self.tokeniser.ends), use_cache=True,
+            eos_token_id=sorted(self.tokeniser.ends), use_cache=True, **search,
         )
         replies: list[Reply] = []
         was_training = self.model.training

@@ -1,4 +1,5 @@
-"""Divergences between the next-token distributions of two scorers over the whole vocabulary, without [tokens, vocabulary] logits.
+"""Divergences between the next-token distributions of two scorers over the whole vocabulary, and the soft value of one, without [tokens,
+vocabulary] logits.
 
 As the log-prob op (`policies/logprob.py`): logits of both scorers are made for a chunk of tokens, reduced to a number per token, and made
 again in the backward pass. A chunk has all words here, because the support of a top-k divergence is known only when all are.
@@ -18,7 +19,7 @@ from prefopt.policies.logprob import ALL, Head, Logits, operands, product_type
 # Logits of a scorer held at a time, in numbers; some ten arrays of that size are alive at once.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}
 
-KINDS = ("reverse", "forward", "js")
+KINDS = ("reverse", "forward", "js", "tv")
 
 
 def token_divergence(hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head, kind: str = "reverse", top_k: int | None = None,
@@ -30,6 +31,7 @@ def token_divergence(hidden: Tensor, head: Head, other_hidden: Tensor, other_hea
     forward   KL(q || p) = sum q log(q / p): the policy covers all that the other does; cross-entropy distillation up to a constant
     js        beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: GKD's generalised Jensen-Shannon divergence (arXiv
               2306.13649); Jensen-Shannon at beta 1/2, at most ln 2
+    tv        sum |p - q|: twice the total variation, in [0, 2]; where p = q its gradient is taken as 0
 
     `top_k`: only the k words that q likes best count one by one; all others are one more outcome, with the mass that p and q give them
     (the tail term of SDPO, arXiv 2601.20802). Merging outcomes never raises a divergence, so this is a lower bound of the full one, and
@@ -54,6 +56,24 @@ def token_divergence(hidden: Tensor, head: Head, other_hidden: Tensor, other_hea
         tensors += operands(states, of, dtype)
         scorers.append((of.softcap, of.temperature, dtype))
     return _TokenDivergence.apply(*tensors, scorers, kind, top_k, beta)
+
+
+@torch.no_grad()
+def token_value(hidden: Tensor, head: Head, weight: float = 1.0, temperature: float = 1.0) -> Tensor:
+    """[N] soft value temperature x log sum_v p_v^(weight / temperature) at each of N positions, in nats, of p = softmax of the logits;
+    fp32 (float64 if the inputs are). 0 where weight = temperature, above 0 below, the larger the wider p is. No gradient.
+
+    ValueError for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is above 0, not {temperature}")
+    dtype = product_type(hidden)
+    logits = Logits(operands(hidden, head, dtype), head.softcap, head.temperature, dtype)
+    made = hidden.new_zeros(len(hidden), dtype=logits.wide)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in _parts(hidden, head.weight):
+            made[part] = temperature * (logits.tile(part, ALL).log_softmax(-1) * (weight / temperature)).logsumexp(-1)
+    return made
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -107,6 +127,8 @@ def _divergence(p: Tensor, q: Tensor, kind: str, beta: float) -> Tensor:
         return (p.exp() * (p - q)).sum(-1)
     if kind == "forward":
         return (q.exp() * (q - p)).sum(-1)
+    if kind == "tv":
+        return (p.exp() - q.exp()).abs().sum(-1)
     m = _mixture(p, q, beta)
     return ((1 - beta) * p.exp() * (p - m) + beta * q.exp() * (q - m)).sum(-1)
 
@@ -117,6 +139,9 @@ def _flows(p: Tensor, q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor
         return p.exp() * (p - q), -p.exp()
     if kind == "forward":
         return -q.exp(), q.exp() * (q - p)
+    if kind == "tv":
+        sign = (p - q).sign()
+        return p.exp() * sign, -q.exp() * sign
     m = _mixture(p, q, beta)
     return (1 - beta) * p.exp() * (p - m), beta * q.exp() * (q - m)
 

@@ -17,12 +17,14 @@ from prefopt.policies.trees import attention_mask, plant
 
 
 def hidden_states(
-    decoder: nn.Module, config: Any, micro: MicroBatch, pad: int, layout: str, attention: str, share: bool = True
+    decoder: nn.Module, config: Any, micro: MicroBatch, pad: int, layout: str, attention: str, share: bool = True,
+    layers: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """([P, d] last hidden states, [N] places in them that predict the trained tokens, [E] places of the edges' last tokens).
 
     `config` is the text config of `decoder`; `attention` the kernel that it is set to: transformers' name, or of packed.KERNELS in the
-    layout `packed`. With `share` the edges of a tree have one prompt together.
+    layout `packed`. With `share` the edges of a tree have one prompt together. With `layers` the states are [P, L, d], those that each
+    layer puts out; the last ones are normalised.
     """
     if layout == "packed":
         trees = plant(micro, pad, packed=True, share=share)
@@ -32,8 +34,15 @@ def hidden_states(
         mask = attention_mask(trees, config, attention, torch.float32)
         inputs = {"input_ids": trees.input_ids, "position_ids": trees.positions, "attention_mask": mask}
     else:
-        hidden = decoder(input_ids=micro.input_ids, attention_mask=micro.attention.long(), use_cache=False).last_hidden_state
+        hidden = _states(decoder, {"input_ids": micro.input_ids, "attention_mask": micro.attention.long()}, layers)
         place = torch.arange(micro.input_ids.numel(), device=hidden.device).view(micro.input_ids.shape)
         last = place[:, 0] + micro.attention.sum(1) - 1
-        return hidden.flatten(0, 1), place[:, :-1][micro.trained[:, 1:]], last
-    return decoder(**inputs, use_cache=False).last_hidden_state.flatten(0, 1), trees.predict, trees.last
+        return hidden, place[:, :-1][micro.trained[:, 1:]], last
+    return _states(decoder, inputs, layers), trees.predict, trees.last
+
+
+def _states(decoder: nn.Module, inputs: dict[str, Any], layers: bool) -> Tensor:
+    if not layers:
+        return decoder(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    every = decoder(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    return torch.stack(every[1:], 2).flatten(0, 1)  # without the embeddings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from prefopt.config.schema import DataConfig, ModelConfig, TrustConfig
 def load_policy(cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int,
                 quantity: str = "token_logp") -> nn.Module:
     """A module whose `forward(micro)` gives token log-probs [N], with `tokenise`, `generate`, `trainable`, `save`; or with
-    `quantity` reward one reward per edge [E], and no `generate`.
+    `quantity` reward one reward per edge [E], and no `generate`. Where `cfg.start` is to count, `cfg` comes from `start.started`.
     """
     if quantity == "reward":
         from prefopt.policies.reward_model import RewardModel, RewardTable
@@ -20,7 +22,10 @@ def load_policy(cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: 
     if cfg.kind == "tabular":
         from prefopt.policies.tabular import Tabular
 
-        return Tabular(device)
+        table = Tabular(device)
+        if cfg.start:
+            table.restore(Path(cfg.path))
+        return table
     from prefopt.policies.causal_lm import CausalLM
 
     return CausalLM(cfg, data, trust, device, precision, seed)

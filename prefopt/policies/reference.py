@@ -1,4 +1,7 @@
-"""Who the log-ratios are taken against, and how its scores are got: stored, adapter off, a frozen copy, or loaded when needed."""
+"""Who the log-ratios are taken against, and how its scores are got: stored, adapter off, a frozen copy, or loaded when needed.
+
+Copies can move: `refresh` takes the policy's weights over, or a share of them, which makes the copy a moving average.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import copy
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prefopt.config.schema import SamplerConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.errors import RunFailed, UserError
+from prefopt.policies.asked import Asked
 
-Provider = Callable[[MicroBatch], Tensor]
+# Called with a micro-batch it gives token log-probs [N]; with what is `Asked` beside, a dict that holds more.
+Provider = Callable[..., Any]
 
 
 class AdapterOff:
@@ -29,14 +36,19 @@ class AdapterOff:
         return self.policy.without_adapter()
 
     @torch.no_grad()
-    def __call__(self, micro: MicroBatch) -> Tensor:
+    def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
         was_training = self.policy.training
         self.policy.eval()
         try:
             with self.active():
-                return self.policy(micro)
+                return self.policy(micro, *asked)
         finally:
             self.policy.train(was_training)
+
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Any]:
+        """Replies of the reference, as the policy would give them."""
+        with self.active():
+            return self.policy.generate(prompts, sampler, seed)
 
 
 class AsLoaded(AdapterOff):
@@ -49,7 +61,7 @@ class AsLoaded(AdapterOff):
 
 
 class AdapterCopy(AdapterOff):
-    """A second, frozen adapter beside the one that is trained. `refresh` makes it equal to the policy again."""
+    """A second, frozen adapter beside the one that is trained."""
 
     how = "frozen copy of the initial adapter"
 
@@ -62,10 +74,12 @@ class AdapterCopy(AdapterOff):
         self._activate("default")
         self.refresh()
 
-    def refresh(self) -> None:
+    def refresh(self, mix: float = 1.0) -> None:
+        """Moves it to the policy: `mix` times the policy's adapter plus (1 - mix) times its own, each matrix by itself."""
         from peft import get_peft_model_state_dict
 
-        self.load(get_peft_model_state_dict(self.policy.model, adapter_name="default"))
+        now, own = get_peft_model_state_dict(self.policy.model, adapter_name="default"), self.state()
+        self.load({name: own[name].lerp(now[name].to(own[name].dtype), mix) for name in now})
 
     def state(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
@@ -93,7 +107,7 @@ class AdapterCopy(AdapterOff):
 
 
 class FrozenCopy:
-    """A second model. `refresh` makes it equal to the policy again."""
+    """A second model."""
 
     how = "frozen copy"
 
@@ -101,11 +115,20 @@ class FrozenCopy:
         self.policy, self.frozen = policy, copy.deepcopy(policy).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, micro: MicroBatch) -> Tensor:
-        return self.frozen(micro)
+    def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
+        return self.frozen(micro, *asked)
 
-    def refresh(self) -> None:
-        self.frozen.load_state_dict(self.policy.state_dict())
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Any]:
+        """Replies of the copy, as the policy would give them."""
+        return self.frozen.generate(prompts, sampler, seed)
+
+    @torch.no_grad()
+    def refresh(self, mix: float = 1.0) -> None:
+        """Moves it to the policy: `mix` times the policy's weights plus (1 - mix) times its own."""
+        now = self.policy.trainable()
+        for name, parameter in self.frozen.named_parameters():
+            if name in now:
+                parameter.lerp_(now[name], mix)
 
     def state(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.frozen.named_parameters() if name in self.policy.trainable()}
@@ -120,7 +143,7 @@ class Stored:
     def __init__(self, how: str):
         self.how = how
 
-    def __call__(self, micro: MicroBatch) -> Tensor:
+    def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
         raise RunFailed(f"rows {micro.rows} have no scores in the reference store, and are not scored anew on the way; "
                         "reference.store=off keeps a reference in memory")
 
@@ -134,10 +157,10 @@ class Reloaded:
         self.load, self.model = load, None
 
     @torch.no_grad()
-    def __call__(self, micro: MicroBatch) -> Tensor:
+    def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
         if self.model is None:
             self.model = self.load().eval().requires_grad_(False)
-        return self.model(micro)
+        return self.model(micro, *asked)
 
     def release(self) -> None:
         self.model = None

@@ -112,12 +112,6 @@ class RewardTable(Table):
         super().save(folder)
         write_card(folder, {"model": {"kind": "tabular"}, "data": {}})
 
-    def restore(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        from safetensors.torch import load_file
-
-        self.load_state_dict(load_file(str(folder / "model.safetensors")))
-
 
 def write_card(folder: Path, card: dict) -> None:
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

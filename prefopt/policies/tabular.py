@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefopt.config.schema import SamplerConfig
@@ -13,7 +15,12 @@ from prefopt.data.batch import MicroBatch
 from prefopt.data.records import BadRow, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
+from prefopt.objectives.base import About
+from prefopt.policies.asked import Asked, answer
 from prefopt.policies.causal_lm import Reply
+from prefopt.policies.locate import Located
+from prefopt.policies.logprob import Head
+from prefopt.policies.owned import consult
 
 
 class Table(nn.Module):
@@ -30,6 +37,11 @@ class Table(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.logits.device
+
+    @property
+    def about(self) -> About:
+        """What a module of the objective may know: the hidden state is which prompt it is."""
+        return About(len(self.logits), 1)
 
     def tokenise(self, example: Example) -> Tokens:
         branches = []
@@ -55,14 +67,33 @@ class Table(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"logits": self.logits.detach().cpu().contiguous()}, str(folder / "model.safetensors"))
 
+    def restore(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        from safetensors.torch import load_file
+
+        file = folder / "model.safetensors"
+        try:
+            self.load_state_dict(load_file(str(file)))
+        except Exception as error:  # safetensors has an error type of its own, torch another for what is not there
+            raise UserError(f"{file} is no table of the bandit world ({str(error).splitlines()[0]}); give a run of data=bandit") from error
+        fingerprint = Located(str(folder), None, "").fingerprint()
+        self.source = {**self.source, "path": str(folder), "where": f"table of {folder}", "fingerprint": fingerprint}
+
 
 class Tabular(Table):
-    """log pi(y | x) = log_softmax(logits[x])[y]. Starts at the world's reference policy."""
+    """log pi(y | x) = log_softmax(logits[x])[y]. Starts at the world's reference policy. `forward` as that of a language model."""
 
     quantity = "token_logp"  # what `forward` returns
 
-    def forward(self, micro: MicroBatch) -> Tensor:
-        return self.logits.log_softmax(-1)[micro.input_ids[:, 0], micro.input_ids[:, 1]]
+    def forward(self, micro: MicroBatch, asked: Asked | None = None) -> Tensor | dict[str, Any]:
+        prompts = micro.input_ids[:, 0]
+        made = self.logits.log_softmax(-1)[prompts, micro.input_ids[:, 1]]
+        if asked is None:
+            return made
+        # A table is a linear head over prompts: the state is which prompt it is, and the words' weights are its columns.
+        states = F.one_hot(prompts, len(self.logits)).to(self.logits.dtype)
+        said = answer(asked, made, states, Head(self.logits.t()), states[:, None])
+        return said | consult(self, micro, states, asked.given) if asked.module else said
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
@@ -72,7 +103,7 @@ class Tabular(Table):
         generator = torch.Generator().manual_seed(seed)
         replies = []
         for (x,) in prompts:
-            if sampler.temperature == 0:
+            if sampler.temperature == 0:  # replies have one token, so however many beams search, they find this
                 y = int(table[x].argmax())
             else:
                 y = int(torch.multinomial((table[x] / sampler.temperature).softmax(-1), 1, generator=generator))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from prefopt.config.objective_source import read_objective
+from prefopt.config.mixtures import described
 from prefopt.errors import UserError, nearest
 from prefopt.report import speed
 from prefopt.report.compare_stats import by_seed
@@ -165,7 +165,7 @@ def flops(run: Run) -> tuple[float | None, str]:
     if total is None or trained is None or tokens is None:
         return None, "no training step was recorded" if tokens is None else "the manifest has no parameter counts"
     try:
-        objective = read_objective(str(dig(run.config, "algo._target_")), dig(run.config, "trust.packages") or ())
+        objective = described(dig(run.config, "algo") or {}, dig(run.config, "trust.packages") or ())
     except UserError:
         return None, "the objective's source, which says whether it needs a reference, cannot be read here"
     how = str(run.manifest.get("reference") or "none")
@@ -227,7 +227,7 @@ def _run_folders(folder: Path, seen: set[Path], remarks: list[str]) -> list[Path
             return [folder]
         remarks.append(f"{folder.name} was left out: it has a config.yaml and no metrics.jsonl, so the run has not begun.")
         return []
-    below = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    below = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".") and f.name != "stages")
     return [run for f in below for run in _run_folders(f, seen, remarks)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from prefopt.report.plots import number
 
 def render(template: str, **values: Any) -> str:
     """A template of this package as one self-contained page; everything put into it is escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Any:
+    """Compiles each template once in a process."""
     import jinja2  # here, so that the training loop can ask for alarms without it
 
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.PackageLoader("prefopt.report", ""), undefined=jinja2.StrictUndefined, **options)
     environment.filters.update(number=number)
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def write_page(path: Path, html: str) -> Path:

@@ -63,7 +63,7 @@ class LearnedReward:
     def _tokens(self, example: Example) -> Tokens:
         # A policy's reply is a message that nobody has marked as trained; unmarked, the tokeniser would take it for context.
         said = Completion([replace(m, train=m.role == "assistant") for m in example.completions[0].messages])
-        one = replace(example, completions=[said], kind="demonstration")
+        one = replace(example, prompt=example.bare or example.prompt, completions=[said], kind="demonstration")
         try:
             tokens = self.model.tokenise(one)
         except BadRow as reason:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from prefopt.config.schema import DataConfig, RewardConfig, TrustConfig
+from prefopt.config.schema import DataConfig, ModelConfig, RewardConfig, TrustConfig
 from prefopt.data import bandit, tiny_feedback
 from prefopt.data.records import Example
 
@@ -17,10 +17,11 @@ WORLDS = {"tiny_feedback": tiny_feedback.true_reward, "bandit": bandit.true_rewa
 
 
 def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None = None, device: torch.device | str = "cpu",
-                 precision: str = "fp32") -> dict[str, RewardFunction]:
+                 precision: str = "fp32", model: ModelConfig | None = None) -> dict[str, RewardFunction]:
     """Metric name -> function; empty where `reward=none` or nothing is known about the data.
 
-    `true_reward` is the known reward of a generated world, in nats of Bradley-Terry; `reward` is a learned one.
+    `true_reward` is the known reward of a generated world, in nats of Bradley-Terry; `reward` is a learned one, or
+    what a language model finds likely as follow-up (`model`, as it is to be loaded, unless `cfg.path` names another).
     """
     found: dict[str, RewardFunction] = {}
     if cfg.kind != "none" and data.source in WORLDS:
@@ -30,4 +31,8 @@ def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None 
         from prefopt.rewards.learned import LearnedReward
 
         found["reward"] = LearnedReward(cfg.path, data, trust or TrustConfig(), torch.device(device), precision)
+    if cfg.kind == "followup":
+        from prefopt.rewards.followup import FollowupLikelihood
+
+        found["reward"] = FollowupLikelihood(cfg.path, trust or TrustConfig(), torch.device(device), precision, model)
     return found

@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON, no pickle. Written under a temporary name, checked by sha256, then renamed.
 
-A checkpoint holds the trainable weights, AdamW's moments, the weights of a reference that moves, the step, totals, and the CPU random
+A checkpoint holds the trainable weights, AdamW's moments, other weights that move (a reference, say), the step, totals, and the CPU random
 state. The data order needs no state: it follows from (seed, step).
 """
 
@@ -36,8 +36,8 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
         with naming(target):
             save_file(weights, part / "weights.safetensors")
             save_file(_optimizer_tensors(engine), part / "optimizer.safetensors")
-            if engine.moving_reference:
-                save_file({n: t.detach().cpu().contiguous() for n, t in engine.reference.state().items()}, part / "reference.safetensors")
+            for name, held in engine.beside.items():
+                save_file({n: t.detach().cpu().contiguous() for n, t in held.state().items()}, part / f"{name}.safetensors")
         files = {f.name: _sha256(f) for f in sorted(part.iterdir())}
         (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=2))
         shutil.rmtree(target, ignore_errors=True)
@@ -89,8 +89,8 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
                     "step": torch.tensor(float(state["updates"])),
                     **{m: moments[f"{name}.{m}"].to(parameter.device).clone() for m in MOMENTS},
                 }
-        if engine.moving_reference:
-            engine.reference.load(load_file(path / "reference.safetensors"))
+        for name, held in engine.beside.items():
+            held.load(load_file(path / f"{name}.safetensors"))
         torch.set_rng_state(moments["rng"])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error

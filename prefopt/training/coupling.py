@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from prefopt.objectives.base import Batch
 
-EDGE_FIELDS = {"chosen", "rejected", "edge", "mismatched", "group"}  # fields of views that hold edge numbers
+EDGE_FIELDS = {"chosen", "rejected", "extra", "edge", "mismatched", "group"}  # fields of views that hold edge numbers
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -30,6 +30,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         torch.cat([b.lengths for b in batches]),
         torch.cat([b.token_edge + o for b, o in zip(batches, offsets, strict=False)]),
         {s: {q: torch.cat([b.scores[s][q] for b in batches]) for q in first.scores[s]} for s in first.scores},
+        step=None if first.step is None else torch.cat([b.step for b in batches]),
         **views,
     )
 
@@ -46,4 +47,5 @@ def gather_batches(batch: Batch, world: int) -> list[Batch]:
 
 def _to(batch: Batch, device) -> Batch:
     scores = {s: {q: t.detach().to(device) for q, t in qs.items()} for s, qs in batch.scores.items()}
-    return Batch(batch.lengths.to(device), batch.token_edge.to(device), scores, **batch.views(lambda _, t: t.to(device)))
+    step = None if batch.step is None else batch.step.to(device)
+    return Batch(batch.lengths.to(device), batch.token_edge.to(device), scores, step=step, **batch.views(lambda _, t: t.to(device)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from prefopt.config.schema import OptimConfig
 from prefopt.data.batch import MicroBatch
-from prefopt.objectives.base import Batch, Objective, reduce_terms, total_weights
+from prefopt.objectives.base import PER_TOKEN, Batch, Objective, reduce_terms, total_weights
+from prefopt.policies.asked import Asked
+from prefopt.policies.owned import PREFIX, give_module
 from prefopt.policies.reference import Provider
+from prefopt.policies.teacher import Teacher
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.metrics import Averages, batch_metrics
 from prefopt.training.throughput import Effort, StepKind, count, kind_of, peak_memory
@@ -44,19 +48,30 @@ def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
     return cfg.lr * decay
 
 
+def parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What the optimiser is given: matrices decay and other weights do not; the objective's module may have a decay of its own for all."""
+    own = getattr(getattr(policy, "owned", None), "weight_decay", None)
+    matrices, others, apart = [], [], []
+    for name, parameter in policy.trainable().items():
+        (apart if own is not None and name.startswith(PREFIX) else matrices if parameter.dim() >= 2 else others).append(parameter)
+    groups = zip((matrices, others, apart), (weight_decay, 0.0, own), strict=True)
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
 class Engine:
     """Owns the policy, its optimiser and the processes. The gradient it steps along never depends on how a step is split."""
 
     def __init__(self, policy: nn.Module, objective: Objective, reference: Provider | None, cfg: OptimConfig, accelerator: Accelerator,
-                 moving_reference: bool = False):
-        self.moving_reference = moving_reference  # it is refreshed on the way, and belongs into the checkpoints
+                 moving_reference: bool = False, teacher: Teacher | None = None, seed: int = 0):
+        self.moving_reference = moving_reference  # it is refreshed on the way
+        # What else has weights that change on the way, by name (`training/moving.py`); the checkpoints hold them.
+        self.beside: dict[str, Any] = {"reference": reference} if moving_reference else {}
+        self.teacher = teacher
         self.policy, self.objective, self.reference, self.cfg, self.accelerator = policy, objective, reference, cfg, accelerator
+        give_module(policy, objective, seed)
         self.parameters = list(policy.trainable().values())
-        matrices = [p for p in self.parameters if p.dim() >= 2]
-        others = [p for p in self.parameters if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas),
-                                      eps=cfg.eps, fused=True)
+        groups = parameter_groups(policy, cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
 
     @property
@@ -66,22 +81,47 @@ class Engine:
     @cached_property
     def kind(self) -> StepKind:
         """What decides the FLOPs of a step, beside its batch."""
-        return kind_of(self.policy, self.objective)
+        frozen = self.teacher.models if self.teacher else []
+        return kind_of(self.policy, self.objective, [*frozen, *[self.policy] * len(self.objective.averages())])
 
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
         """The quantities that the objective reads, for the edges of a micro-batch."""
         kind, layout = self.policy.quantity, micro.layout
-        made = (model or self.model)(micro)
-        scores = {"policy": quantities(made, layout, kind)}
+        asked, scores = self._asked(micro)
+        own = micro.part("policy", self.objective.extra_scorers)
+        scores["policy"] = spread(quantities((model or self.model)(own, *asked), own.layout, kind), own, micro)
         for scorer in self.objective.quantities:
+            if scorer in scores:
+                continue
             if scorer in micro.stored:  # token by token, or their sums
                 known = micro.stored[scorer]
                 scores[scorer] = quantities(known[kind], layout, kind) if kind in known else known
             elif scorer == "previous":  # nothing was stored: the policy has not moved since it wrote these replies
-                scores[scorer] = quantities(made.detach(), layout, kind)
+                scores[scorer] = {name: t.detach() for name, t in scores["policy"].items()}
             elif scorer == "reference":
-                scores[scorer] = quantities(self.reference(micro), layout, kind)
+                own = micro.part(scorer, self.objective.extra_scorers)
+                scores[scorer] = spread(quantities(self.reference(own), own.layout, kind), own, micro)
+            elif scorer == "slow":
+                scores[scorer] = quantities(self.beside["slow"](micro), layout, kind)
+            elif scorer == "teacher":
+                scores[scorer] = quantities(self.teacher(micro)[0], layout)
         return replace(layout, scores=scores)
+
+    def _asked(self, micro: MicroBatch) -> tuple[list[Asked], dict[str, dict[str, Tensor]]]:
+        """(what the policy is asked beside log-probs: one thing or nothing; what the frozen scorers have said that had to run first)."""
+        wanted, said, states = self.objective.quantities["policy"], {}, {}
+        for scorer in self.objective.states_of:
+            if scorer == "teacher":
+                made, states[scorer] = self.teacher(micro)
+            else:
+                made = self.reference(micro, Asked(states=True, layers="layers" in self.objective.quantities[scorer]))
+                states[scorer] = made.pop("states")
+            said[scorer] = quantities(made, micro.layout)
+        kind, other = self.objective.divergence_from
+        divergence = (kind, states[other]) if "divergence" in wanted else None
+        module, given = hasattr(self.policy, "owned"), getattr(states.get("reference"), "layers", None)
+        asked = Asked(hidden="hidden" in wanted, divergence=divergence, module=module, given=given)
+        return [asked] if asked.hidden or asked.divergence or asked.module else [], said
 
     def step(self, micros: Sequence[MicroBatch], lr: float) -> StepResult:
         """One update on this rank's micro-batches of a global step. All ranks must bring equally many."""
@@ -135,18 +175,21 @@ class Engine:
         before = everyone[: self.accelerator.process_index]
         edge, token = sum(len(b.lengths) for b in before), sum(len(b.token_edge) for b in before)
         for i, micro in enumerate(micros):
-            keep = micro.only(micro.gradient).to(self.accelerator.device)
-            kept_tokens = micro.gradient[micro.layout.token_edge]
+            taught = micro.gradient
+            if micro.extra is not None and "policy" not in self.objective.extra_scorers:
+                taught = taught & ~micro.extra
+            keep = micro.only(taught).to(self.accelerator.device)
+            kept_tokens = taught[micro.layout.token_edge]
             with self._synced(last=i == len(micros) - 1):
-                live = quantities(self.model(keep), keep.layout, self.policy.quantity)
+                live = quantities(self.model(keep, *self._asked(keep)[0]), keep.layout, self.policy.quantity)
                 replay = torch.zeros((), device=self.accelerator.device)
                 for q, g in upstream.items():
-                    if q == "token_logp":
+                    if q in PER_TOKEN:
                         replay = replay + (live[q] * g[token : token + len(kept_tokens)][kept_tokens]).sum()
                     else:
-                        replay = replay + (live[q] * g[edge : edge + len(micro.gradient)][micro.gradient]).sum()
+                        replay = replay + (live[q] * g[edge : edge + len(taught)][taught]).sum()
                 self.accelerator.backward(replay * self.world)
-            edge, token = edge + len(micro.gradient), token + len(kept_tokens)
+            edge, token = edge + len(taught), token + len(kept_tokens)
         # Every rank holds the whole loss; its share is what the sum over ranks expects.
         detached = {name: share.detach() / self.world for name, share in shares.items()}
         with torch.no_grad():
@@ -171,12 +214,27 @@ class Engine:
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
 
-def quantities(made: Tensor, layout: Batch, kind: str = "token_logp") -> dict[str, Tensor]:
-    """What a scorer made, by name: `reward` [E] of a reward model, or `token_logp` [N] and its sum per edge `logp` [E].
+def quantities(made: Tensor | dict[str, Tensor], layout: Batch, kind: str = "token_logp") -> dict[str, Tensor]:
+    """What a scorer made, by name: `reward` [E] of a reward model, or `token_logp` [N], its sum per edge `logp` [E], and what else a
+    scorer answered that was asked for more.
 
     Sums are fp32 (or float64), whatever the model computes in.
     """
     if kind == "reward":
         return {"reward": made}
-    logp = torch.zeros(layout.lengths.shape, dtype=made.dtype, device=made.device)
-    return {"token_logp": made, "logp": logp.index_add(0, layout.token_edge, made)}
+    made = made if isinstance(made, dict) else {"token_logp": made}
+    token = made["token_logp"]
+    logp = torch.zeros(layout.lengths.shape, dtype=token.dtype, device=token.device)
+    return {**made, "logp": logp.index_add(0, layout.token_edge, token)}
+
+
+def spread(scores: dict[str, Tensor], part: MicroBatch, micro: MicroBatch) -> dict[str, Tensor]:
+    """The scores of a `part` of a micro-batch among zeros for its extra sequences, which that scorer was not asked about."""
+    if part is micro:
+        return scores
+    edges = ~micro.extra
+    tokens, out = edges[micro.layout.token_edge], {}
+    for name, values in scores.items():
+        kept = tokens if name in PER_TOKEN else edges
+        out[name] = values.new_zeros(len(kept), *values.shape[1:]).index_put((kept,), values)
+    return out

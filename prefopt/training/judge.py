@@ -76,6 +76,9 @@ class Judge:
     initial: Provider | None
     baseline: dict[int, dict[str, Any]] | None = None  # the initial policy's sample for each prompt
     reference_judged: bool = False
+    start_logp: dict[int, list[float]] | None = field(default=None, init=False)  # see `_start`
+    drawn: list[tuple[list[int], list[int]]] = field(default_factory=list, init=False)  # (prompt, reply) ids of the last samples
+    start_drawn: list[tuple[list[int], list[int]]] = field(default_factory=list, init=False)  # the initial policy's, see `_forward_kl`
 
     @property
     def main_reward(self) -> str | None:
@@ -98,6 +101,7 @@ class Judge:
                     out.pairs = self._pairs()
                 if self.prompts and policy.quantity != "reward":  # a reward model writes nothing
                     out.samples = self._sample(step)
+                    forward = self._forward_kl()
         finally:
             policy.train(was_training)
             if isinstance(self.initial, Reloaded):
@@ -105,7 +109,7 @@ class Judge:
         if out.samples:
             if self.baseline is None and self.rewards:
                 self.baseline = {s["id"]: s for s in out.samples}
-            out.replies = self.describe(out.samples, self.baseline)
+            out.replies = self.describe(out.samples, self.baseline) | forward
         return out
 
     # ---- held-out rows ---------------------------------------------------------------------------
@@ -117,25 +121,46 @@ class Judge:
         if engine.objective.view == source.view:  # groups are sampled while training; stored rows hold none
             out["loss"] = self._loss(whole, of)
         if not any(row.kind in COMPARABLE for row in source.rows):
-            return out
+            return out | self._single(whole, of)
         if source.view not in ("pairs", "unary", "ranking"):
             whole, of = self._scored("pairs")
         scores = {"policy": (whole.scores["policy"].get("logp"), of), "rewards": (engine.objective.rewards(whole), of)}
-        if scores["policy"][0] is not None and not self.reference_judged:
-            self.reference_judged = True  # it does not change, so one row of metrics is enough
-            provider = self.initial or (None if engine.moving_reference else engine.reference)
-            if "reference" in whole.scores and not engine.moving_reference:
-                scores["reference"] = (whole.logp("reference"), of)
-            elif provider is not None:
-                again, of_again = self._scored("pairs", provider)
-                scores["reference"] = (again.logp(), of_again)
         tables = {name: _by_row(values, rows) for name, (values, rows) in scores.items() if values is not None}
+        if "policy" in tables and (start := self._start(whole, of, "pairs")):
+            tables["start"] = start
+            if not self.reference_judged:  # it does not change, so one row of metrics is enough
+                tables["reference"] = start
+        self.reference_judged = True
         tables["tokens"] = _by_row(whole.lengths, of)
         out |= self._preferences(tables)
         if engine.policy.quantity == "reward":  # its differences are logits of Bradley-Terry, so they can be right or wrong
             pairs, logits, labels = compared(source.rows, tables["rewards"])
             prompts = [self._prompt(row) for row, _, _ in pairs]
             out |= {name: by_prompt(values, prompts) for name, values in calibration(logits, labels).items()}
+        return out
+
+    def _start(self, whole: Batch, of: Sequence[int], view: str) -> dict[int, list[float]] | None:
+        """row -> log-prob of each reply under the reference, or where that moves or is not read under the initial policy; found once.
+        None where neither is in memory."""
+        engine = self.engine
+        if self.start_logp is None:
+            provider = self.initial or (None if engine.moving_reference else engine.reference)
+            if "reference" in whole.scores and not engine.moving_reference:
+                self.start_logp = _by_row(whole.logp("reference"), of)
+            elif provider is not None:
+                again, of_again = self._scored(view, provider)
+                self.start_logp = _by_row(again.logp(), of_again)
+        return self.start_logp
+
+    def _single(self, whole: Batch, of: Sequence[int]) -> dict[str, np.ndarray]:
+        """Log-ratios of replies that are compared with no other: demonstrations and what is liked, and what is not."""
+        if "logp" not in whole.scores["policy"] or not (start := self._start(whole, of, self.held_out.view)):
+            return {}
+        logp, out = _by_row(whole.logp(), of), {}
+        for name, wanted in (("log_ratio/chosen", True), ("log_ratio/rejected", False)):
+            found = [(r, i) for r in sorted(start) for i, liked in enumerate(self.held_out.rows[r].desirable or [True]) if liked == wanted]
+            if found:
+                out[name] = by_prompt(np.array([logp[r][i] - start[r][i] for r, i in found]), [self._prompt(r) for r, _ in found])
         return out
 
     @torch.no_grad()
@@ -172,13 +197,14 @@ class Judge:
         total: np.ndarray | float = 0.0
         row = torch.tensor(of)
         for term in self.engine.objective(whole).terms:
+            units = term.batch or whole
             if term.unit == "token":
-                view = whole.demonstrations or whole.pairs
-                edges = whole.token_edge[whole.tokens_of(view.chosen if view is whole.pairs else view.edge)]
+                view = units.demonstrations or units.pairs
+                edges = units.token_edge[units.tokens_of(view.chosen if view is units.pairs else view.edge)]
             elif term.unit == "prompt":
-                edges = whole.ranking.edge[whole.ranking.best]
+                edges = units.ranking.edge[units.ranking.best]
             else:
-                edges = whole.pairs.chosen if term.unit == "pair" else whole.unary.edge
+                edges = units.pairs.chosen if term.unit == "pair" else units.unary.edge
             weights = unit_weight(whole, term).double().cpu().numpy()
             if weights.sum() == 0:
                 continue
@@ -221,6 +247,9 @@ class Judge:
         if "policy" in tables:
             chosen, rejected = sides("policy")
             units |= {"logp/chosen": chosen, "logp/rejected": rejected}
+            if "start" in tables:
+                start = sides("start")
+                units |= {"log_ratio/chosen": chosen - start[0], "log_ratio/rejected": rejected - start[1]}
         for scorer, prefix in (("policy", ""), ("reference", "reference_")):
             if scorer in tables:
                 units[f"{prefix}ranking_accuracy"] = wins(*sides(scorer))
@@ -237,6 +266,7 @@ class Judge:
         mine = list(range(rank, len(self.prompts), world))
         ids = [policy.prompt_ids(self.prompts[i].prompt, self.prompts[i].chat) for i in mine]
         replies = policy.generate(ids, self.sampler, self.seed * 1000 + rank) if mine else []
+        self.drawn = [(prompt, reply.ids) for prompt, reply in zip(ids, replies, strict=True)]
         log_ratios = self._log_ratios(ids, [r.ids for r in replies])
         answered = [answer(self.prompts[i], reply.text) for i, reply in zip(mine, replies, strict=True)]
         rewards = {name: reward(answered) for name, reward in self.rewards.items()} if mine else {}
@@ -251,6 +281,11 @@ class Judge:
         if world > 1:
             out = gather_object(out)
         return sorted(out, key=lambda s: s["id"])
+
+    def _forward_kl(self) -> dict[str, np.ndarray]:
+        """log pi_0(y|x) - log pi(y|x) of what the initial policy has written (`start_drawn`), nats: its mean estimates KL(pi_0 || pi)."""
+        found = self._log_ratios([p for p, _ in self.start_drawn], [r for _, r in self.start_drawn])
+        return {} if None in found or not found else {"forward_kl": -np.array(found, dtype=float)}
 
     def _log_ratios(self, prompts: list[list[int]], replies: list[list[int]]) -> list[float | None]:
         """log pi(y|x) - log pi_0(y|x) of sampled sequences, nats: exact per sequence, so its mean estimates KL(pi || pi_0)."""

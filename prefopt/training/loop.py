@@ -39,6 +39,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         if log.evaluation_due(step) and not log.evaluated(step):
             log.evaluate(step)
         while step < run.total_steps:
+            run.moving(step)
             result = run.engine.step(run.source.step(step), learning_rate(step, run.total_steps, cfg.optim))
             step += 1
             log.step(step, result)

@@ -269,20 +269,20 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def memory(run: DryRun, cfg: ModelConfig, *, device: str, world: int, micros: int, frozen_copy: bool, reloads: bool, cache: float,
+def memory(run: DryRun, cfg: ModelConfig, *, device: str, world: int, micros: int, frozen_copies: int, reloads: bool, cache: float,
            runtime: float, quantised: float = 0.0) -> Memory:
     """Adds up the parts of a process.
 
     micros:      most micro-batches in a step; gradients are held through all but the first.
-    frozen_copy: a second model stays in memory as the reference. `reloads`: one is loaded for each evaluation.
+    frozen_copies: models that stay in memory beside the policy: a reference, teachers. `reloads`: one is loaded for each evaluation.
     cache:       bytes that sampling takes (keys and values, logits). `quantised`: weights stored in 4 bits, in numbers.
     """
     weights = run.weights - quantised * ((2 if run.weights < 3 * run.parameters else 4) - FOURBIT)
     gradients, optimizer = 4 * run.trainable, 8 * run.trainable
-    reference = weights if frozen_copy else 0.0
+    reference = frozen_copies * weights
     base = runtime + weights + optimizer + reference
     buckets = gradients if world > 1 else 0.0  # DistributedDataParallel sends gradients from a copy
-    working = max(run.working, run.scoring) if frozen_copy else run.working
+    working = max(run.working, run.scoring) if frozen_copies else run.working
     held = gradients if micros > 1 else 0.0
     slack = SLACK[device] * (run.activations + working + held)
     moments = {

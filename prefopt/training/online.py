@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from prefopt.config.schema import SamplerConfig, SourceConfig
 from prefopt.data.batch import MicroBatch, Row, derangement, step_rows
 from prefopt.data.dataset import Dataset
+from prefopt.data.rejection import rejection_sample
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
 from prefopt.rewards.true_reward import RewardFunction
@@ -42,7 +43,8 @@ class OnlineSource:
     """A round draws `source.prompts` prompts, samples `source.samples` replies to each, and trains on them for `source.epochs` passes.
 
     `pairs`, `unary` and `demonstrations` views get the best and the worst reply of each prompt (or all of them, with `data.pairs=all`),
-    the `ranking` and `groups` views all replies with their rewards. Samples follow from the policy and (seed, round), not from the
+    the `ranking` and `groups` views all replies with their rewards. With `source.keep` a prompt has only the replies that rejection
+    sampling keeps of it, and its pairs are drawn from them at random. Samples follow from who writes them and (seed, round), not from the
     number of processes. A round is written to `rounds/` before its first step, so that a run killed in the middle of it goes on with it.
     """
 
@@ -50,7 +52,7 @@ class OnlineSource:
                  pairs: str, folder: Path, batches: OfflineSource):
         self.engine, self.prompts, self.reward, self.cfg, self.sampler = engine, prompts, reward, cfg, sampler
         self.pairs, self.folder, self.batches = pairs, folder / "rounds", batches
-        self.steps_per_round = cfg.epochs * math.ceil(cfg.prompts / batches.batch_size)
+        self.steps_per_round = cfg.epochs * math.ceil(round_rows(cfg, batches.view, pairs) / batches.batch_size)
         self.seed, self.round = batches.seed, -1
         self.metrics: dict[str, float] = {}  # of the round; `samples` counts replies since the start
         self.waited = 0.0  # seconds that the last step spent on sampling and judging its round
@@ -58,6 +60,10 @@ class OnlineSource:
     def steps(self, epochs: float) -> int:
         """Optimiser steps in so many passes over the prompts."""
         return max(1, math.ceil(epochs * len(self.prompts.rows) / self.cfg.prompts)) * self.steps_per_round
+
+    def begins(self, number: int) -> bool:
+        """Whether optimiser step `number` is the first one of a round."""
+        return number % self.steps_per_round == 0
 
     def step(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimiser step `number` (from 0). The first step of a round samples it."""
@@ -83,8 +89,6 @@ class OnlineSource:
     def _begin(self, number: int) -> list[Sample]:
         """Samples, judges and writes a round."""
         engine = self.engine
-        if engine.moving_reference and number > 0:
-            engine.reference.refresh()
         total, count, size = len(self.prompts.rows), self.cfg.prompts, self.cfg.samples
         drawn = [step_rows(total, total, i // total, self.seed)[i % total] for i in range(number * count, (number + 1) * count)]
         asked = [p for p in drawn for _ in range(size)]
@@ -99,10 +103,10 @@ class OnlineSource:
         return samples
 
     def _sample(self, asked: list[int], place: str) -> list[Sample]:
-        policy, rows = self.engine.policy, self.prompts.rows
+        writer, rows = self.engine.policy if self.cfg.writer == "policy" else self.engine.reference, self.prompts.rows
         seed = random.Random(f"sample {self.seed} {place}").getrandbits(32)
         ids = [rows[p].tokens.prompt for p in asked]
-        replies = policy.generate(ids, self.sampler, seed)
+        replies = writer.generate(ids, self.sampler, seed)
         written = [answer(self.prompts.examples[p], r.text) for p, r in zip(asked, replies, strict=True)]
         rewards = self.reward(written)
         for example, reward in zip(written, rewards, strict=True):
@@ -131,30 +135,47 @@ class OnlineSource:
         return out
 
     def _rows(self, samples: list[Sample], number: int) -> list[Row]:
-        """One row per prompt. Where its replies are worth the same there is nothing to prefer, and the row weighs 0."""
+        """One row per prompt, or one for each pair of kept replies."""
         rng, rows = random.Random(f"labels {self.seed} {number}"), []
         for i in range(0, len(samples), self.cfg.samples):
-            group = samples[i : i + self.cfg.samples]
-            scores = [s.reward for s in group]
-            if self.cfg.labels == "sampled":  # Gumbel noise: the order is a draw from Plackett-Luce, Bradley-Terry for two
-                scores = [x - math.log(-math.log(1 - rng.random())) for x in scores]
-            if self.batches.view == "groups":
-                order, kind = range(len(group)), "group"
-            else:
-                order, kind = sorted(range(len(group)), key=lambda j: -scores[j]), "ranking_all"
-                if self.batches.view != "ranking" and (self.pairs == "best_worst" or len(group) == 2):
-                    order, kind = [order[0], order[-1]], "pair"
-            kept = [group[j] for j in order]
-            stored = {} if kept[0].previous is None else {"previous": [s.previous for s in kept]}
-            rows.append(Row(Tokens(self.prompts.rows[kept[0].prompt].tokens.prompt, [_branch(s) for s in kept]), kind,
-                            scores=[scores[j] for j in order], stored=stored))
-            if kind != "group" and (scores[order[0]] == scores[order[-1]] or all(s.ids == kept[0].ids for s in kept)):
-                rows[-1].kind, rows[-1].weight = "pair", 0.0
+            rows += [self._row(group, rng) for group in self._groups(samples[i : i + self.cfg.samples], rng)]
         if self.engine.objective.mismatched:
             other = derangement(len(rows), number)
             for i, row in enumerate(rows):
                 row.mismatched = rows[other[i]].tokens.branches
         return rows
+
+    def _groups(self, replies: list[Sample], rng: random.Random) -> list[list[Sample]]:
+        """What of the replies to a prompt becomes a row each."""
+        if self.cfg.keep is None:
+            return [replies]
+        numbers = rejection_sample([s.reward for s in replies], self.cfg.keep, self.cfg.rejection_beta, rng)
+        rng.shuffle(numbers)  # the best are kept early
+        size = 2 if _in_pairs(self.cfg, self.batches.view, self.pairs) else len(numbers)
+        return [[replies[j] for j in numbers[k : k + size]] for k in range(0, len(numbers), size)]
+
+    def _row(self, group: list[Sample], rng: random.Random) -> Row:
+        """The replies in the order that their rewards give them. Where there is nothing to learn from their order the row weighs 0: where
+        they are the same text, or worth the same and not labelled by probabilities."""
+        scores, labels = [s.reward for s in group], self.cfg.labels
+        if labels == "sampled":  # Gumbel noise: the order is a draw from Plackett-Luce, Bradley-Terry for two
+            scores = [x - math.log(-math.log(1 - rng.random())) for x in scores]
+        if self.batches.view == "groups":
+            order, kind = range(len(group)), "group"
+        else:
+            order, kind = sorted(range(len(group)), key=lambda j: -scores[j]), "ranking_all"
+            if self.batches.view != "ranking" and (self.pairs == "best_worst" or len(group) == 2):
+                order, kind = [order[0], order[-1]], "pair"
+        kept = [group[j] for j in order]
+        stored = {} if kept[0].previous is None else {"previous": [s.previous for s in kept]}
+        row = Row(Tokens(self.prompts.rows[kept[0].prompt].tokens.prompt, [_branch(s) for s in kept]), kind,
+                  scores=[scores[j] for j in order], stored=stored)
+        if labels == "soft":
+            row.label = 1 / (1 + math.exp(row.scores[-1] - row.scores[0]))
+        tied = row.scores[0] == row.scores[-1] and labels != "soft"
+        if kind != "group" and (tied or all(s.ids == kept[0].ids for s in kept)):
+            row.kind, row.weight = "pair", 0.0
+        return row
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.jsonl"
@@ -165,6 +186,16 @@ class OnlineSource:
             raise UserError(f"{self._path(number)} is missing, and the run stopped in the middle of that round; put it back, or start "
                             "anew with resume=never in another folder")
         return [Sample(**row) for row in read_jsonl(self._path(number))]
+
+
+def round_rows(cfg: SourceConfig, view: str, pairs: str) -> int:
+    """How many rows a round makes for an objective with this `view`; `pairs` is data.pairs."""
+    return cfg.prompts * (cfg.keep // 2 if cfg.keep and _in_pairs(cfg, view, pairs) else 1)
+
+
+def _in_pairs(cfg: SourceConfig, view: str, pairs: str) -> bool:
+    """Whether the replies that rejection sampling keeps of a prompt make a row two by two."""
+    return view in ("pairs", "unary") and pairs == "best_worst"
 
 
 def _branch(sample: Sample) -> Branch:

@@ -15,21 +15,25 @@ import torch
 
 from prefopt.config.schema import TrainConfig
 from prefopt.data.batch import MicroBatch, Row, split_step, step_rows
-from prefopt.data.dataset import VIEW_OF_KIND, make_dataset, make_prompts
+from prefopt.data.dataset import make_dataset, make_prompts
+from prefopt.data.fits import VIEW_OF_KIND
 from prefopt.data.sources import load_data
 from prefopt.data.tokenise import Branch, Tokens
+from prefopt.data.transforms import apply_transforms, transform_lines
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
-from prefopt.policies import packed
+from prefopt.policies import divergence, packed
 from prefopt.policies.flops import ModelShape, shape_of
 from prefopt.policies.loading import load_config, load_tokeniser
 from prefopt.policies.locate import locate
+from prefopt.policies.teacher import live_teachers
 from prefopt.training import memory
 from prefopt.training.memory import Memory, Shape
+from prefopt.training.online import round_rows
 from prefopt.training.reference import evaluations, tree_tokens, visits
 from prefopt.training.setup import Run, make_objective
 from prefopt.training.source import OfflineSource
-from prefopt.training.throughput import Effort, StepKind, count, find_peak
+from prefopt.training.throughput import Effort, StepKind, count, find_peak, head_products
 
 COUNTED = 48  # steps, evenly spread over the run, whose FLOPs are counted
 LONGEST = 16  # rows whose steps are looked at for the largest micro-batch, beside those
@@ -45,6 +49,7 @@ class Ground:
     config: Any  # of transformers
     shape: ModelShape
     runtime: float  # bytes of the interpreter, its libraries and the rows
+    transforms: Sequence[tuple[str, str]] = ()  # what data transforms did to the training rows
 
     @property
     def reward(self) -> bool:
@@ -59,7 +64,7 @@ class Plan:
     ground: Ground
     device: str  # cpu or cuda
     kind: StepKind
-    reference: str  # stored, adapter off, frozen copy, none
+    reference: str  # stored, adapter off, second adapter, frozen copy, none
     steps: int
     largest: Shape
     micros: int  # most micro-batches that a rank has in a step
@@ -97,14 +102,15 @@ def ground_of(cfg: TrainConfig) -> Ground:
         config = load_config(locate(cfg.model, weights=False), cfg.trust)
     online, view = cfg.source.kind != "offline", "pairs" if objective.view == "groups" else objective.view
     train, held_out = load_data(cfg.data)
+    apply_transforms((train, held_out), cfg.data, cfg.seed)  # as far as that needs no model
     as_prompts = online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out.examples)
-    settings = (cfg.data, tokeniser, view, objective.columns, objective.mismatched, cfg.seed)
+    settings = (cfg.data, tokeniser, view, objective.columns, objective.mismatched, cfg.seed, iter, objective.extra)
     rows = make_prompts(train, cfg.data, tokeniser.prompt_ids).rows if online else make_dataset(train, *settings).rows
     if len(rows) < objective.min_batch:
         raise UserError(f"{len(rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
     judged = [] if as_prompts else make_dataset(held_out, *settings).rows
     return Ground(objective, [_answered(row, cfg, view) for row in rows] if online else rows, judged, config, shape_of(config),
-                  memory.resident())
+                  memory.resident(), transform_lines(train))
 
 
 def ground_of_run(run: Run) -> Ground:
@@ -119,7 +125,7 @@ def ground_of_run(run: Run) -> Ground:
 def _answered(row: Row, cfg: TrainConfig, view: str) -> Row:
     """A prompt with replies as long as they may get: an upper bound for what will be sampled."""
     groups = cfg.source.kind == "rollout"
-    replies = cfg.source.samples if groups or view == "ranking" or cfg.data.pairs == "all" else 2
+    replies = (cfg.source.keep or cfg.source.samples) if groups or view == "ranking" or cfg.data.pairs == "all" else 2
     length = cfg.sampler.max_new_tokens
     branches = [Branch([0] * length, [True] * length, False) for _ in range(replies)]
     return Row(Tokens(row.tokens.prompt, branches), "pair", scores=[float(-i) for i in range(replies)])
@@ -131,11 +137,11 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
                           else "cpu")
     kind, source = _laid_out(cfg, ground, device)
     steps = _steps(cfg, source)
+    source = replace(source, total=steps)
     reference = _reference(cfg, ground, source, steps)
     kind = replace(kind, reference=kind.reference and reference != "stored")
     text = ground.config.get_text_config()
 
-    per_epoch = -(-len(source.rows) // source.batch_size)
     spread = sorted({i * steps // min(COUNTED, steps) for i in range(min(COUNTED, steps))})
     work, slowest, unshared, padded = Effort(), 0.0, 0.0, 0.0
     rows = replace(source, layout="rows")
@@ -151,8 +157,7 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     share = 1 / len(spread)
 
     longest = sorted(range(len(source.rows)), key=lambda r: -tree_tokens(source.rows[r]))[:LONGEST]
-    place = {row: i for i, row in enumerate(step_rows(len(source.rows), len(source.rows), 0, source.seed))}
-    seen = {*spread, *(s for row in longest if (s := place[row] // source.batch_size) < min(steps, per_epoch))}
+    seen = {*spread, *_steps_of(longest, source, steps)}
     parts = [list(_parts(source, step)) for step in sorted(seen)]
     shapes = [_shape(source, part, kind) for ranks in parts for micros in ranks for part in micros if part]
     largest = max(shapes, key=lambda s: s.rows * s.width * (1 + s.width / 4096))
@@ -161,13 +166,15 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     lora = cfg.model.lora.enabled
     attention = kind.attention if kind.attention in ("sdpa", "eager") else "sdpa"  # packed kernels keep what flash attention keeps
     run = _dry_run(_Key(ground.config, cfg.model), cfg.hardware.precision, ground.reward, attention, largest, device.type)
+    run = replace(run, working=run.working + _comparing(kind, largest, device.type))
     online = cfg.source.kind != "offline"
     reloads = cfg.evaluation.kl and not ground.reward and not (lora or cfg.reference.refresh != "never") and reference != "frozen copy"
     runtime = memory.GPU_RUNTIME if device.type == "cuda" else ground.runtime
     sampled = 0 if ground.reward or not (online or cfg.evaluation.prompts) else cfg.sampler.batch_size
     needs = memory.memory(
-        run, cfg.model, device=device.type, world=source.world, micros=most, frozen_copy=reference == "frozen copy", reloads=reloads,
-        cache=_cache(cfg, text, ground, sampled), runtime=runtime, quantised=ground.shape.body if cfg.model.quantize else 0.0,
+        run, cfg.model, device=device.type, world=source.world, micros=most, reloads=reloads,
+        frozen_copies=_copies(cfg, ground.objective, reference), cache=_cache(cfg, text, ground, sampled),
+        runtime=runtime, quantised=ground.shape.body if cfg.model.quantize else 0.0,
     )
     has = cfg.hardware.memory_gb * 1e9 if cfg.hardware.memory_gb else memory.capacity(device.type)
     if has and device.type == "cpu":
@@ -203,10 +210,11 @@ def _laid_out(cfg: TrainConfig, ground: Ground, device: torch.device) -> tuple[S
     kind = StepKind(
         shape=ground.shape, layout=layout, shared=shared, frozen=model.lora.enabled, scores=not ground.reward, fused=fused,
         recompute=model.gradient_checkpointing, attention=attention, twice=objective.coupling == "global",
-        reference="reference" in objective.quantities,
+        reference="reference" in objective.quantities, compared=head_products(objective, model.lora.enabled),
+        teachers=(ground.shape,) * (_teachers(cfg, objective) + len(objective.averages())), extra_scorers=objective.extra_scorers,
     )
     online = cfg.source.kind != "offline"
-    size = min(cfg.train.batch_size, cfg.source.prompts) if online else cfg.train.batch_size
+    size = min(cfg.train.batch_size, round_rows(cfg.source, objective.view, cfg.data.pairs)) if online else cfg.train.batch_size
     source = OfflineSource(ground.rows, objective.view, size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
                            cfg.seed, 0, cfg.hardware.processes, layout, shared)
     return kind, source
@@ -218,7 +226,7 @@ def _steps(cfg: TrainConfig, source: OfflineSource) -> int:
     if cfg.source.kind == "offline":
         return source.steps(cfg.train.epochs)
     rounds = max(1, -(-int(cfg.train.epochs * len(source.rows)) // cfg.source.prompts))
-    return rounds * cfg.source.epochs * -(-cfg.source.prompts // cfg.train.batch_size)
+    return rounds * cfg.source.epochs * -(-round_rows(cfg.source, source.view, cfg.data.pairs) // cfg.train.batch_size)
 
 
 def _reference(cfg: TrainConfig, ground: Ground, source: OfflineSource, steps: int) -> str:
@@ -226,14 +234,49 @@ def _reference(cfg: TrainConfig, ground: Ground, source: OfflineSource, steps: i
     if "reference" not in ground.objective.quantities:
         return "none"
     lora, settings = cfg.model.lora, cfg.reference
-    if settings.store != "off" and cfg.source.kind == "offline":
+    moves = settings.refresh != "never"
+    if settings.store != "off" and cfg.source.kind == "offline" and not moves and "reference" not in ground.objective.states_of:
         often = visits(source, steps)
         once = sum(tree_tokens(row) for row, n in zip(source.rows, often, strict=True) if n)
         judged = sum(tree_tokens(row) for row in ground.held_out)
         live = sum(n * tree_tokens(row) for row, n in zip(source.rows, often, strict=True))
         if settings.store == "on" or not lora.enabled or once + judged < live + evaluations(steps, cfg.train.eval_every) * judged:
             return "stored"
+    if lora.enabled and moves:
+        return "second adapter"
     return "adapter off" if lora.enabled and (settings.policy == "base" or not lora.adapter) else "frozen copy"
+
+
+def _steps_of(wanted: Sequence[int], source: OfflineSource, steps: int) -> Iterator[int]:
+    """The steps in which the rows `wanted` come first, of those that come at all."""
+    begin, size = 0, source.batch_size
+    for rows, steps_here, seed in source.shares(steps):
+        order = [rows[i] for i in step_rows(len(rows), len(rows), 0, seed)]
+        places = [order.index(row) // size for row in set(wanted) & set(order)]
+        yield from (begin + place for place in places if place < steps_here)
+        begin += steps_here
+
+
+def _copies(cfg: TrainConfig, objective: Objective, reference: str) -> int:
+    """Models of the policy's size that stay in memory beside it: a frozen reference, where that moves the start for KL as well, moving
+    averages, the weights of the last round, teachers."""
+    moves = cfg.reference.refresh != "never" and reference != "none"
+    own = 0 if cfg.model.lora.enabled else len(objective.averages()) + (moves and cfg.evaluation.kl) + bool(cfg.source.extrapolate)
+    return (reference == "frozen copy") + own + _teachers(cfg, objective)
+
+
+def _comparing(kind: StepKind, shape: Shape, device: str) -> float:
+    """Bytes that whole distributions take while they are compared: some ten arrays of a chunk's size in fp32, and the matrix of a teacher
+    that is made of two heads."""
+    if not kind.compared:
+        return 0.0
+    chunk = min(divergence.CHUNK[device], shape.scored * kind.shape.vocabulary)
+    return 4.0 * (10 * chunk + (2 * kind.shape.head if len(kind.teachers) > 1 else 0))
+
+
+def _teachers(cfg: TrainConfig, objective: Objective) -> int:
+    """Frozen models beside the reference that stay in memory, each taken to be as large as the policy."""
+    return live_teachers(objective, stored=cfg.reference.store != "off" and cfg.source.kind == "offline")
 
 
 def _peak(cfg: TrainConfig, device: torch.device) -> tuple[float | None, str]:
@@ -246,19 +289,22 @@ def _peak(cfg: TrainConfig, device: torch.device) -> tuple[float | None, str]:
 
 
 def _parts(source: OfflineSource, step: int) -> list[list[list[int]]]:
-    chosen = step_rows(len(source.rows), source.batch_size, step, source.seed)
+    chosen = source.chosen(step)
     return split_step(source.rows, chosen, source.view, source.budget, source.world, source.layout, source.share)
 
 
 def _shape(source: OfflineSource, part: Sequence[int], kind: StepKind) -> Shape:
     rows = [source.rows[r] for r in part]
+    if "policy" not in kind.extra_scorers:
+        rows = [replace(row, extra=[]) for row in rows]
+    trees = [tree for row in rows for tree in row.trees(source.view)]
     sizes = [row.size(source.view, source.layout, source.share) for row in rows]
-    scored = sum(b.trained for row in rows for b in row.edges(source.view))
+    scored = sum(b.trained for tree in trees for b in tree.branches)
     width = max(length for _, length in sizes)
     if source.layout == "packed":
         return Shape(1, sum(n * length for n, length in sizes), scored, False)
-    branching = source.layout == "trees" and any(len(row.edges(source.view)) > 1 for row in rows)
-    lengths = {len(row.tokens.prompt) + len(b.ids) for row in rows for b in row.edges(source.view)}
+    branching = source.layout == "trees" and any(len(tree.branches) > 1 for tree in trees)
+    lengths = {len(tree.prompt) + len(b.ids) for tree in trees for b in tree.branches}
     if source.layout == "trees" and not branching:
         sizes = [row.size(source.view, "rows") for row in rows]
     start = min(len(row.tokens.prompt) for row in rows)

@@ -22,8 +22,11 @@ def plan_text(cfg: TrainConfig) -> str:
     """What `prefopt plan` prints. Raises `UserError` where a run could not start."""
     if cfg.model.kind == "tabular":
         from prefopt.data.sources import load_data
+        from prefopt.data.transforms import apply_transforms
 
-        rows = len(load_data(cfg.data)[0].examples)
+        train = load_data(cfg.data)[0]
+        apply_transforms([train], cfg.data, cfg.seed)
+        rows = len(train.examples)
         steps = cfg.train.steps or max(1, -(-int(cfg.train.epochs * rows) // cfg.train.batch_size))
         return f"fits: model={cfg.model.name} is a table of a few numbers; {steps:,} steps over {rows:,} rows take seconds and no memory " \
                "to speak of"
@@ -59,6 +62,7 @@ def _about(plan: Plan) -> list[tuple[str, str]]:
                   f"({100 * plan.trainable / shape.parameters:.3g} %)"),
         ("data", f"{len(ground.rows):,} rows; prompts of {_mean(prompts)} and replies of {_mean(replies)} tokens on average, the longest "
                  f"{max(prompts, default=0):,} and {max(replies, default=0):,}"),
+        *((f"transform {name}", done) for name, done in ground.transforms),
         ("steps", f"{plan.steps:,} of {cfg.train.batch_size} rows; {work.tokens:,.0f} tokens each; micro-batches per process: at most "
                   f"{plan.micros}"),
         ("layout", f"{layout} ({plan.kind.attention}); the largest micro-batch is {plan.largest.rows} x {plan.largest.width:,} positions"),

@@ -7,9 +7,10 @@ import io
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,14 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
     reload = may_store and not (lora.enabled or moves)  # a second model need not stay in memory
     stored: Stored | None = None
     about: dict[str, Any] = {}
-    if reads and may_store and cfg.source.kind == "offline":
-        stored, about = _store_or_not(cfg, policy, objective, source, held_out, steps, accelerator)
+    live = f"it moves (reference.refresh={cfg.reference.refresh})" if moves else ""
+    if "reference" in objective.states_of:
+        live = f"{type(objective).__name__} reads more than its log-probs"
+    if reads and may_store and live and cfg.source.kind == "offline":
+        if accelerator.is_main_process:
+            print(f"reference: live, for {live}; nothing is kept in the store", file=sys.stderr)
+    elif reads and may_store and cfg.source.kind == "offline":
+        stored, about = store_or_not(cfg, policy, objective, source, held_out, steps, accelerator)
     if stored:
         reference = stored
     elif reads or (kl and not reload):
@@ -96,13 +103,15 @@ def _loader(cfg: TrainConfig, policy: nn.Module, accelerator: Accelerator) -> Ca
 
 
 def visits(source: OfflineSource, steps: int) -> list[int]:
-    """How often each row of the source is in one of the first `steps` steps."""
-    total, size = len(source.rows), source.batch_size
-    epochs, rest = divmod(steps, -(-total // size))
-    out = [epochs] * total
-    if many := min(rest * size, total):
-        for row in step_rows(total, many, epochs * -(-total // many), source.seed):  # the rows that an epoch begins with
-            out[row] += 1
+    """How often each row of the source is in one of the steps of a run that has `steps` of them."""
+    out, size = [0] * len(source.rows), source.batch_size
+    for rows, count, seed in source.shares(steps):
+        epochs, rest = divmod(count, -(-len(rows) // size))
+        for row in rows:
+            out[row] += epochs
+        if many := min(rest * size, len(rows)):
+            for i in step_rows(len(rows), many, epochs * -(-len(rows) // many), seed):  # the rows that an epoch begins with
+                out[rows[i]] += 1
     return out
 
 
@@ -113,13 +122,19 @@ def evaluations(steps: int, every: int | None) -> int:
 
 
 def tree_tokens(row: Row) -> int:
-    """Tokens of a row, its prompt once."""
-    return len(row.tokens.prompt) + sum(len(b.ids) for b in replies_of(row))
+    """Tokens of a row, each of its prompts once."""
+    return sum(len(tree.prompt) + sum(len(b.ids) for b in tree.branches) for tree in row.trees("pairs"))
 
 
 def replies_of(row: Row) -> list[Branch]:
-    """Everything that may be scored under a row's prompt, in the order of `Row.stored`."""
-    return [*row.tokens.branches, *(row.mismatched or ())]
+    """Everything that may be scored of a row, in the order of `Row.stored`."""
+    return [branch for _, branch in row.everything()]
+
+
+def missing_tokens(row: Row, keys: Sequence[bytes], missing: Collection[bytes]) -> int:
+    """Tokens of those replies of a row that are `missing`, each of their prompts once."""
+    left = [each for each, key in zip(row.everything(), keys, strict=True) if key in missing]
+    return sum(map(len, {tuple(prompt) for prompt, _ in left})) + sum(len(branch.ids) for _, branch in left)
 
 
 # ---- the store -----------------------------------------------------------------------------------------
@@ -165,27 +180,30 @@ def _hash(tensors: Any) -> str:
     return h.hexdigest()
 
 
-def _store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, source: OfflineSource, held_out: Sequence[Row], steps: int,
-                  accelerator: Accelerator) -> tuple[Stored | None, dict[str, Any]]:
-    """Decides; fills the store and gives its scores to the rows if it is chosen. With a line about why. The main process reads and
-    writes, the others score their share."""
+def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, source: OfflineSource, held_out: Sequence[Row], steps: int,
+                 accelerator: Accelerator, scorer: str = "reference") -> tuple[Stored | None, dict[str, Any]]:
+    """Decides; if it is chosen, fills the store and gives its scores to the rows as those of `scorer`, which is `policy` by `cfg.model`.
+    With a line about why, and what the manifest keeps of it. The main process reads and writes, the others score
+    their share."""
     main, began = accelerator.is_main_process, _manifest(Path(cfg.run_dir))
+    name = "store" if scorer == "reference" else f"{scorer}_store"  # in the manifest
     often = visits(source, steps)
-    rows = [row for row, count in zip(source.rows, often, strict=True) if count] + list(held_out)
-    level = "tokens" if "token_logp" in objective.quantities["reference"] else "sums"
+    every = [row for row, count in zip(source.rows, often, strict=True) if count] + list(held_out)
+    # Scored are what the scorer is asked about: extra sequences may be for others, and get zeros.
+    rows = every if scorer in objective.extra_scorers else [replace(row, extra=[]) for row in every]
+    level = "tokens" if "token_logp" in objective.quantities[scorer] else "sums"
     lora, identity = cfg.model.lora, identity_of(cfg, policy)
     store, how, use, keys = None, "", False, []
     if main:
-        if (known := began.get("store")) and (changed := differences(known["identity"], identity)):
-            raise UserError(f"{cfg.run_dir} began with another reference than this command gives it ({'; '.join(changed)}). Put back what "
+        if (known := began.get(name)) and (changed := differences(known["identity"], identity)):
+            raise UserError(f"{cfg.run_dir} began with another {scorer} than this command gives it ({'; '.join(changed)}). Put back what "
                             "has changed, or start anew in another hydra.run.dir.")
-        keys = [[entry_key(row.tokens.prompt, b.ids, b.mask) for b in replies_of(row)] for row in rows]
+        keys = [[entry_key(prompt, b.ids, b.mask) for prompt, b in row.everything()] for row in rows]
         wanted = {key for row in keys for key in row}
         store = Store(identity, wanted, level, policy.source["where"])
         store.refresh()
         missing = store.missing()
-        cost = sum(len(r.tokens.prompt) + sum(n) for r, ks in zip(rows, keys, strict=True)
-                   if (n := [len(b.ids) for b, key in zip(replies_of(r), ks, strict=True) if key in missing]))
+        cost = sum(missing_tokens(row, own, missing) for row, own in zip(rows, keys, strict=True))
         live = sum(n * tree_tokens(row) for row, n in zip(source.rows, often, strict=True))
         live += evaluations(steps, cfg.train.eval_every) * sum(tree_tokens(row) for row in held_out)
         if cfg.reference.store == "on":
@@ -196,7 +214,7 @@ def _store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sou
             use = not lora.enabled or cost < live  # without an adapter the alternative is a second model in memory
         how = f"stored ({len(wanted) - len(missing):,} of {len(wanted):,} replies were there)"
         spent = f"{cost:,} tokens to score now, {live:,} over the run without the store"
-        print(f"reference: {how if use else 'live'}; {spent}", file=sys.stderr)
+        print(f"{scorer}: {how if use else 'live'}; {spent}", file=sys.stderr)
     use, how = _from_main((use, how), accelerator)
     if not use:
         return None, {}
@@ -211,13 +229,15 @@ def _store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sou
             evict(reference_root(), cfg.reference.store_limit_gb * 1e9, keep=store.used)
     values = _from_main(values, accelerator)
     h = hashlib.sha256()
-    for row, scores in zip(rows, values, strict=True):
-        row.stored["reference"] = scores
+    for row, asked, scores in zip(every, rows, values, strict=True):
+        others = [b.trained for tokens in row.extra for b in tokens.branches] if asked is not row else []
+        blank = [np.zeros(n, np.float32) if level == "tokens" else 0.0 for n in others]
+        row.stored[scorer] = [*scores, *blank]
         for score in scores:
             h.update(np.asarray(score, dtype=np.float32).tobytes())
-    about = {"store": {"identity": identity, "values_sha256": h.hexdigest()}}
+    about = {name: {"identity": identity, "values_sha256": h.hexdigest()}}
     if main and known and known["values_sha256"] != h.hexdigest():
-        print("reference: its scores were computed anew since the run began; they may differ by rounding, and so may what follows",
+        print(f"{scorer}: its scores were computed anew since the run began; they may differ by rounding, and so may what follows",
               file=sys.stderr)
     return Stored(how), about
 
@@ -288,8 +308,12 @@ def _chunks(store: Store, rows: Sequence[Row], keys: Sequence[Sequence[bytes]], 
 def _score(part: Sequence[tuple[int, list[int]]], rows: Sequence[Row], level: str, filler: Provider, source: OfflineSource,
            accelerator: Accelerator) -> list[tuple[int, int, np.ndarray]]:
     """This process's share of a chunk: (row, number of the reply, fp32 log-probs of its trained tokens or [1] for their sum)."""
-    asked = [Row(Tokens(rows[row].tokens.prompt, [replies_of(rows[row])[i] for i in numbers]), "pair") for row, numbers in part]
-    out = []
+    asked, of, out = [], [], []
+    for row, numbers in part:
+        every = rows[row].everything()
+        for _, own in groupby(numbers, key=lambda i, every=every: every[i][0]):  # one prompt after the other
+            of.append((row, list(own)))
+            asked.append(Row(Tokens(every[of[-1][1][0]][0], [every[i][1] for i in of[-1][1]]), "pair"))
     for micro in replace(source, rows=asked).everything("pairs"):
         if not micro.rows:  # another process has one more
             continue
@@ -297,7 +321,7 @@ def _score(part: Sequence[tuple[int, list[int]]], rows: Sequence[Row], level: st
         made = quantities(filler(micro), micro.layout)
         values = made["token_logp" if level == "tokens" else "logp"].float().cpu().numpy()
         lengths = micro.layout.lengths.tolist() if level == "tokens" else [1] * len(micro.layout.lengths)
-        edges = [(part[place][0], number) for place in micro.rows for number in part[place][1]]
+        edges = [(of[place][0], number) for place in micro.rows for number in of[place][1]]
         begin = 0
         for (row, number), length in zip(edges, lengths, strict=True):
             out.append((row, number, values[begin : begin + length].copy()))

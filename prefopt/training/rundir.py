@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from prefopt.config.schema import TrainConfig
+from prefopt.config.stages import FOLDER, as_references
 from prefopt.errors import UserError, nearest
 from prefopt.tracking.redact import redact
 
@@ -61,8 +62,8 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
         if cfg.resume == "never":
             raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
         return "finished" if read_status(folder).get("state") == "finished" else "resume"
-    # A job of a sweep leaves its log.txt, even if it never began.
-    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name != "log.txt")):
+    # A job of a sweep leaves its log.txt, even if it never began, and a run that never came to itself has finished stages.
+    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name not in ("log.txt", FOLDER))):
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {shown}); choose another hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def plain_config(cfg: TrainConfig, algo_name: str) -> dict[str, Any]:
     """The resolved config as plain data, with the algorithm's name beside its settings."""
     config = asdict(cfg)
     config["algo"] = {"name": algo_name, **{k: v for k, v in config["algo"].items() if k != "name"}}
-    return config
+    return as_references(config, cfg.run_dir)
 
 
 def load_run_config(folder: Path) -> TrainConfig:
@@ -149,6 +150,7 @@ def manifest(cfg: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "git": _git(),
+        **({"stages": {name: {"run": f"{FOLDER}/{name}", "settings": s} for name, s in cfg.stages.items()}} if cfg.stages else {}),
         **about,
     })
 

@@ -27,6 +27,13 @@ def tolerance(precision: str, lengths: Tensor, logp: Tensor, stored: bool) -> Te
     return allowed + stored * (ROUNDING[precision] * lengths.double().sqrt() + LAST_PLACES * logp.double().abs())
 
 
+def scored_by_both(engine: Engine, micros: list) -> Tensor:
+    """[E] bool: which edges of the micro-batches both the policy and the reference score; extra sequences may be for one of them alone."""
+    all_of_it = {"policy", "reference"} <= set(engine.objective.extra_scorers)
+    parts = [torch.ones(len(m.tree), dtype=torch.bool) if all_of_it or m.extra is None else ~m.extra.cpu() for m in micros]
+    return torch.cat(parts)
+
+
 def self_check(engine: Engine, micros: list, precision: str, reference_is_initial: bool) -> dict[str, float]:
     """Scores the first step's rows without gradient. Raises `RunFailed` with the likely cause; returns what was measured: `loss`, and
     with a reference `theory`, `policy_minus_reference` (nats, of the reply where it is largest, measured by what is `allowed` there).
@@ -46,11 +53,15 @@ def self_check(engine: Engine, micros: list, precision: str, reference_is_initia
             if not torch.isfinite(loss):
                 raise RunFailed(f"self-check: the loss before the first step is {float(loss)}; a weight or a score is not finite")
             if "reference" in batch.scores:
-                gaps = (batch.logp() - batch.logp("reference")).abs().double()
+                both = scored_by_both(engine, micros).to(batch.lengths.device)
+                gaps = (batch.logp() - batch.logp("reference")).abs().double() * both
                 allowed = tolerance(precision, batch.lengths, batch.logp(), any("reference" in m.stored for m in micros))
                 worst = int((gaps - allowed).argmax())  # a gap that is not a number counts as the largest
                 gap, limit = float(gaps[worst]), float(allowed[worst])
-                own = replace(batch, scores={**batch.scores, "reference": batch.scores["policy"]})
+                policy, reference = batch.scores["policy"], batch.scores["reference"]
+                shared = {"token_logp": both[batch.token_edge], "logp": both}
+                same = {q: torch.where(shared[q], policy[q], t) if q in shared else t for q, t in reference.items()}
+                own = replace(batch, scores={**batch.scores, "reference": same})
                 theory, _ = reduce_terms(own, engine.objective(own), totals)
                 measured |= {"policy_minus_reference": gap, "allowed": limit, "theory": float(theory)}
                 if reference_is_initial and not gap <= limit:

@@ -5,29 +5,37 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from prefopt.config.mixtures import expanded
 from prefopt.config.schema import TrainConfig
-from prefopt.data.dataset import VIEW_OF_KIND, Dataset, check_use, make_dataset, make_prompts
+from prefopt.data.dataset import Dataset, make_dataset, make_prompts
+from prefopt.data.fits import VIEW_OF_KIND, check_use
 from prefopt.data.sources import Split, load_data
+from prefopt.data.steps import mark_steps
+from prefopt.data.transforms import Tools, apply_transforms, transform_lines
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
+from prefopt.policies.start import started
 from prefopt.rewards.true_reward import make_rewards
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.tracking.trackers import Guarded
 from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
+from prefopt.training.moving import Moving, moving_averages
 from prefopt.training.online import OnlineSource
 from prefopt.training.reference import make_references
 from prefopt.training.rundir import plain_config
 from prefopt.training.source import OfflineSource
+from prefopt.training.teachers import make_teacher
 from prefopt.training.throughput import find_peak, machine, unit
 
 
@@ -39,6 +47,7 @@ class Run:
     folder: Path
     engine: Engine
     source: OfflineSource | OnlineSource
+    moving: Moving
     judge: Judge
     held_out: Dataset
     total_steps: int
@@ -57,10 +66,30 @@ def make_objective(settings: dict[str, Any]) -> Objective:
     """The objective that `_target_` names, with the other settings as its fields."""
     module, _, name = settings["_target_"].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
+    if "parts" in settings:  # of a mixture
+        settings = {**settings, "parts": expanded(settings["parts"])}
     try:
         return kind(**{k: v for k, v in settings.items() if k not in ("_target_", "name", "defaults")})
     except ValueError as error:
         raise UserError(f"algo: {error}") from error
+
+
+def transform_tools(cfg: TrainConfig, device: torch.device) -> Tools:
+    """The models that data transforms may ask for, loaded when they do and kept as long as these tools are."""
+
+    @cache
+    def reward(path: str) -> Any:
+        from prefopt.rewards.learned import LearnedReward
+
+        return LearnedReward(path, cfg.data, cfg.trust, device, cfg.hardware.precision)
+
+    @cache
+    def similarity(encoder: str) -> Any:
+        from prefopt.policies.text_encoder import TextSimilarity
+
+        return TextSimilarity(encoder, cfg.trust, device)
+
+    return Tools(reward, similarity)
 
 
 def make_accelerator(cfg: TrainConfig) -> Accelerator:
@@ -90,21 +119,27 @@ def _keep_freed_memory() -> None:
 def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     """Loads model and data and checks them against the objective. Raises `UserError` before any step."""
     torch.manual_seed(cfg.seed)
+    cfg = replace(cfg, model=started(cfg.model))
     folder, objective = Path(cfg.run_dir), make_objective(cfg.algo)
-    train_split, held_out_split = load_data(cfg.data)
+    splits = train_split, held_out_split = load_data(cfg.data)
+    read = {split.name: split.digest() for split in splits}  # transforms belong to the method, and runs over the same rows can be compared
+    with accelerator.main_process_first():  # which keeps on disk what a model said
+        apply_transforms(splits, cfg.data, cfg.seed, transform_tools(cfg, accelerator.device))
     online = cfg.source.kind != "offline"
     view = "pairs" if objective.view == "groups" else objective.view  # what held-out rows are judged as: they were not sampled
     if not online:
         for example in (*train_split.examples, *held_out_split.examples):
             check_use(example, cfg.data, view, objective.columns)  # before the model is loaded, which may take minutes
+    if objective.steps:
+        mark_steps((*train_split.examples, *held_out_split.examples))
     with accelerator.main_process_first():
-        rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision)
+        rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
         quantity = "reward" if "reward" in objective.quantities["policy"] else "token_logp"
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity)
     as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
     train, held_out = (
         make_prompts(s, cfg.data, policy.prompt_ids) if as_prompts[s.name] else
-        make_dataset(s, cfg.data, policy.tokenise, view, objective.columns, objective.mismatched, cfg.seed)
+        make_dataset(s, cfg.data, policy.tokenise, view, objective.columns, objective.mismatched, cfg.seed, extra=objective.extra)
         for s in (train_split, held_out_split)
     )
     if accelerator.is_main_process:
@@ -118,11 +153,19 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
                 share=policy.share)
     source = OfflineSource([] if online else train.rows, batch_size=cfg.train.batch_size, **make)
     steps = 0 if online else cfg.train.steps or source.steps(cfg.train.epochs)
-    references = make_references(cfg, policy, objective, source, [] if as_prompts["eval"] else held_out.rows, steps, accelerator)
-    engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never")
+    source.total = steps or None
+    judged = [] if as_prompts["eval"] else held_out.rows
+    teacher, taught = make_teacher(cfg, policy, objective, source, judged, steps, accelerator)
+    references = make_references(cfg, policy, objective, source, judged, steps, accelerator)
+    averages = moving_averages(objective, policy)
+    engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed)
     if online:
         source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,
                               folder, source)
+    moving = Moving(engine, source, cfg, averages)
+    total = cfg.train.steps or source.steps(cfg.train.epochs)
+    if accelerator.is_main_process and (idle := moving.stands_still(total)):
+        print(idle, file=sys.stderr)
     held_out_source = None
     if held_out.rows and not as_prompts["eval"]:
         held_out_source = OfflineSource(held_out.rows, batch_size=len(held_out.rows), **{**make, "view": view})
@@ -133,29 +176,31 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "device": str(accelerator.device), "machine": machine(accelerator.device),
         "peak": peak and {"tflops": float(f"{peak / 1e12:.4g}"), "from": peak_from},
         "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-        "precision": cfg.hardware.precision, "model": policy.source, **references.about,
+        "precision": cfg.hardware.precision, "model": policy.source, **references.about, **taught,
         "scoring": getattr(policy, "scoring", None),
         "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in rewards.items()},
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "tokenizer_sha256": policy.tokeniser.digest() if hasattr(policy, "tokeniser") else None,
-        "data": {s.name: {"sha256": s.digest(), "revision": s.revision, **d.stats} for s, d in
+        "data": {s.name: {"sha256": read[s.name], "revision": s.revision, **d.stats} for s, d in
                  ((train_split, train), (held_out_split, held_out))},
     }
-    return Run(cfg, folder, engine, source, judge, held_out, cfg.train.steps or source.steps(cfg.train.epochs), is_initial,
+    return Run(cfg, folder, engine, source, moving, judge, held_out, total, is_initial,
                unit(objective.view, {row.kind for row in train.rows}, online), peak, about)
 
 
 def say_rejected(*parts: Split | Dataset) -> None:
     """Nothing is left out or cut without a word."""
     for split, data in zip(parts[:2], parts[2:], strict=True):
+        for name, done in transform_lines(split):
+            print(f"data: {split.name} rows, transform {name}: {done}", file=sys.stderr)
         if split.rejected:
             shown = "; ".join(f"{r.origin}: {r.reason}" for r in split.rejected[:3]) + ("; ..." if len(split.rejected) > 3 else "")
             print(f"data: {len(split.rejected)} {split.name} rows left out ({shown})", file=sys.stderr)
         if split.no_preference:
             shown = "; ".join(f"{count} {reason}" for reason, count in split.no_preference.most_common())
             print(f"data: {split.no_preference.total()} {split.name} rows prefer nothing and are left out ({shown})", file=sys.stderr)
-        for what in ("truncated_prompts", "truncated_completions", "undesirable_left_out"):
+        for what in ("truncated_prompts", "truncated_completions", "truncated_extra_sequences", "undesirable_left_out"):
             if data.stats.get(what):
                 print(f"data: {data.stats[what]} {split.name} {what.replace('_', ' ')}", file=sys.stderr)
 

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -62,6 +62,9 @@ class StepKind:
     attention:  transformers' name of the kernel: `eager` computes what is masked, `sdpa` where there is padding, others never.
     twice:      the objective scores its whole batch before it differentiates.
     reference:  the objective reads a reference.
+    compared:   products with a head per trained token, beyond those of log-probs: whole distributions are compared.
+    teachers:   shapes of the frozen models that are run along, beside the reference: teachers and slow copies.
+    extra_scorers: who scores the extra sequences of pairs.
     """
 
     shape: ModelShape | None = None
@@ -75,24 +78,40 @@ class StepKind:
     attention: str = "sdpa"
     twice: bool = False
     reference: bool = False
+    compared: int = 0
+    teachers: tuple[ModelShape, ...] = ()
+    extra_scorers: tuple[str, ...] = ("policy", "reference")
 
 
-def kind_of(policy: nn.Module, objective: Objective) -> StepKind:
-    """How `policy` is trained with `objective`."""
+def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Module] = ()) -> StepKind:
+    """How `policy` is trained with `objective`, while `teachers` are run along."""
     layout, shared, twice = getattr(policy, "layout", "rows"), getattr(policy, "share", False), objective.coupling == "global"
     if not hasattr(policy, "inner"):
         return StepKind(layout=layout, shared=shared, twice=twice)
     try:
-        shape = shape_of(policy.inner.config)
+        shape, beside = shape_of(policy.inner.config), tuple(shape_of(teacher.inner.config) for teacher in teachers)
     except Exception as error:  # an architecture that cannot be built without its weights; its other numbers are known
         print(f"model: its FLOPs are not counted ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
-        shape = None
+        shape, beside = None, ()
     cfg, lora = policy.cfg, policy.cfg.lora.enabled
     return StepKind(
         shape, layout, shared, lora, sum(p.numel() for p in policy.trainable().values()) if lora else 0, policy.quantity != "reward",
         getattr(policy, "fuse", False), cfg.gradient_checkpointing,
         policy.inner.config.get_text_config()._attn_implementation, twice, "reference" in objective.quantities,
+        head_products(objective, lora), beside, objective.extra_scorers,
     )
+
+
+def head_products(objective: Objective, frozen: bool) -> int:
+    """Products with a head that whole distributions take, per trained token of a step. A divergence makes the logits of both sides forward
+    and again backward, and the policy's gradients towards states and weight (not if that is `frozen`). Every head counts as the policy's.
+    """
+    teacher = objective.quantities.get("teacher", ())
+    products = 2 * ("distance" in teacher) + ("value" in teacher)
+    if "divergence" in objective.quantities["policy"]:
+        two = "distance" in teacher and objective.divergence_from[1] == "teacher"  # the teacher's logits are made of two heads
+        products += 2 + 2 * (1 + two) + (1 if frozen else 2)
+    return products
 
 
 # ---- counting ------------------------------------------------------------------------------------
@@ -104,6 +123,7 @@ def count(micros: Iterable[MicroBatch], how: StepKind) -> Effort:
 
 
 def _effort(micro: MicroBatch, how: StepKind) -> Effort:
+    everything, micro = micro, micro.part("policy", how.extra_scorers)
     work, rows = computed(micro, how), float(len(micro.rows))
     tokens = 0.0 if not rows else float(micro.tree_tokens if how.shared else micro.tokens)
     if how.shape is None:
@@ -113,7 +133,11 @@ def _effort(micro: MicroBatch, how: StepKind) -> Effort:
     if how.twice:
         executed += how.shape.forward(work) + 2 * how.adapter * work.tokens
     if how.reference and "reference" not in micro.stored:
-        executed += how.shape.forward(work)
+        asked = everything.part("reference", how.extra_scorers)
+        executed += how.shape.forward(work if asked is micro else computed(asked, how))
+    if "teacher" not in micro.stored:
+        executed += sum(teacher.forward(work) for teacher in how.teachers)
+    executed += how.compared * how.shape.matrices(Work(scored=taught.scored))
     if how.recompute:
         executed += how.shape.forward(replace(taught, scored=0)) + 2 * how.adapter * taught.tokens
     if how.fused:

@@ -350,10 +350,10 @@ def test_prefopt_debug_shows_the_traceback(monkeypatch, tmp_path):
 
 
 def test_the_jobs_of_a_sweep_that_never_began_can_be_repeated(tmp_path, capsys):
-    write_rows(tmp_path / "rows.jsonl", UNARY)
+    write_rows(tmp_path / "rows.jsonl", [*GOOD, *UNARY])  # the first row alone is looked at before jobs begin
     words = ["train", "-m", *TINY, "algo=dpo", "data=jsonl", "data.path=rows.jsonl", "hydra.sweep.dir=sweep", "train.steps=1"]
     assert main(words) == 1
-    assert "rows.jsonl row 1: this is a unary row" in capsys.readouterr().err
+    assert f"rows.jsonl row {len(GOOD) + 1}: this is a unary row" in capsys.readouterr().err
     [job] = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
     assert [f.name for f in job.iterdir()] == ["log.txt"]
     write_rows(tmp_path / "rows.jsonl", GOOD)

@@ -55,7 +55,7 @@ def test_hub_models_train_from_a_local_folder_of_their_architecture(model, pairs
     folder = stand_in(model, tmp_path / "model")
     run = tmp_path / "run"
     assert train(run, f"model={model}", f"model.path={folder}", "data=jsonl", f"data.path={pairs}",
-                 "data.eval_fraction=0.25", "sampler.max_new_tokens=8") == 0
+                 "data.eval_fraction=0.25", "sampler.max_new_tokens=8", "train.eval_every=4") == 0
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["model"]["where"] == f"local folder {folder}"
     if model.endswith("-lora"):
@@ -71,7 +71,7 @@ def test_hub_models_train_from_a_local_folder_of_their_architecture(model, pairs
 def test_an_adapter_goes_onto_any_model(model, pairs, tmp_path):
     folder, run = stand_in(model, tmp_path / "model"), tmp_path / "run"
     assert train(run, "algo=simpo", f"model={model}", "adapter=lora", f"model.path={folder}", "data=jsonl", f"data.path={pairs}",
-                 "data.eval_fraction=0.25", "sampler.max_new_tokens=8") == 0
+                 "data.eval_fraction=0.25", "sampler.max_new_tokens=8", "train.eval_every=4") == 0
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["optim"]["lr"] == config["model"]["lora"]["learning_rate"] > 0
     assert (run / "model" / "adapter_model.safetensors").is_file()

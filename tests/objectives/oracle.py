@@ -14,7 +14,11 @@ from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from fractions import Fraction
 from functools import cache
 
+from owned_samples import degrees_of, masks_of, tree_of
+from teacher_samples import STATED, stated_of
+
 from prefopt.objectives.base import Batch
+from tests.extra_samples import extra_of
 
 EXACT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
@@ -49,11 +53,16 @@ def win_rate(place: int, entries) -> Decimal:
     return mean(sigmoid(entries[place][3] - v) for i, (*_, v) in enumerate(entries) if i != place)
 
 
+def cosine(a, b) -> Decimal:
+    """Of the angle between two vectors."""
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)).sqrt()
+
+
 FUNCTIONS = {
     "log": lambda x: x.ln(), "exp": lambda x: x.exp(), "expm1": expm1, "log1p": lambda x: (1 + x).ln(), "sigmoid": sigmoid,
     "sqrt": lambda x: x.sqrt(), "tanh": lambda x: 2 * sigmoid(2 * x) - 1, "abs": abs, "max": max, "min": min,
     "mean": mean, "std": std, "sg": lambda x: x,
-    "sum": sum, "len": len, "enumerate": enumerate, "rank": rank, "win_rate": win_rate,
+    "zip": zip, "cos": cosine, "sum": sum, "len": len, "enumerate": enumerate, "rank": rank, "win_rate": win_rate,
 }
 
 
@@ -106,7 +115,7 @@ def units(batch: Batch, unit: str) -> list[tuple[dict[str, float], float]]:
     assert unit == "token", f"no formula is defined for the unit {unit!r}"
     rows = (
         [(edge, weight) for edge, weight in _rows(batch.demonstrations)] if batch.demonstrations
-        else [(chosen, weight) for chosen, _, _, weight, _ in _rows(batch.pairs)]
+        else [(chosen, weight) for chosen, _, _, weight, _, _ in _rows(batch.pairs)]
     )
     out = []
     for token, edge in enumerate(batch.token_edge.tolist()):
@@ -120,7 +129,7 @@ def _rows(view) -> list[tuple]:
     return list(zip(*(column.tolist() for column in vars(view).values()), strict=True))
 
 
-def _pair(policy, reference, lengths, chosen, rejected, label, weight, margin) -> tuple[dict[str, float], float]:
+def _pair(policy, reference, lengths, chosen, rejected, label, weight, margin, extra) -> tuple[dict[str, float], float]:
     if "reward" in policy:
         return {"a": policy["reward"][chosen], "b": policy["reward"][rejected], "p": label, "m": margin}, weight
     names = {"nw": lengths[chosen], "nl": lengths[rejected], "p": label, "m": margin}
@@ -221,6 +230,25 @@ def expected(objective, batch: Batch, name: str, unit: str) -> tuple[list[float]
     found, symbols = units(batch, unit), set(re.findall(r"\w+", objective.formula[name]))
     if "W" in symbols:
         _tokens_of_sides(batch, found)
+    if symbols & STATED:
+        for (names, _), own in zip(found, stated_of(batch, symbols), strict=True):
+            names |= own
     if "Q" in symbols:
         _matches(found, objective.paired)
+    if "sw" in symbols:
+        slow = batch.scores["slow"]["logp"].tolist()
+        for (names, _), chosen, rejected in zip(found, batch.pairs.chosen.tolist(), batch.pairs.rejected.tolist(), strict=True):
+            names |= {"sw": slow[chosen], "sl": slow[rejected]}
+    if "T" in symbols:
+        for number, (names, _) in enumerate(found):
+            names["T"] = tree_of(batch, batch.ranking.edge[batch.ranking.list == number].tolist())
+    if "MW" in symbols:
+        for (names, _), chosen, rejected in zip(found, batch.pairs.chosen.tolist(), batch.pairs.rejected.tolist(), strict=True):
+            names |= {"MW": masks_of(batch, chosen), "ML": masks_of(batch, rejected)}
+    if "ZW" in symbols:
+        for pair, (names, _) in enumerate(found):
+            names |= {"ZW": degrees_of(batch, pair, 0), "ZL": degrees_of(batch, pair, 1)}
+    if symbols & {"X", "XS"}:
+        for (names, _), extra in zip(found, extra_of(batch), strict=True):
+            names |= extra
     return [evaluate(objective.formula[name], vars(objective) | names) for names, _ in found], [weight for _, weight in found]

@@ -13,22 +13,30 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from owned_samples import derived, pinned, random_steps, steps_of
+from teacher_samples import STATED, compared, random_stated, stated, taught
 from torch import Tensor
 
+from prefopt.config.mixtures import expanded
 from prefopt.data.batch import Row
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.objectives.base import Batch, Demonstrations, Groups, Objective, Pairs, Rankings, Unary
+from prefopt.objectives.base import PER_TOKEN, SHAPES, Batch, Demonstrations, Groups, Objective, Pairs, Rankings, Unary
+from tests.extra_samples import extra_tokens, random_extra, row_with_extra, silenced, with_extra_edges, with_sums
 
+LIVE = ("states", "layers")  # what a scorer hands to another one, and no objective sees
 ROOT = Path(__file__).resolve().parents[2]
 YAML = {path.stem: path for path in sorted((ROOT / "conf" / "algo").glob("*.yaml"))}
 # What a golden number or a limit may pin.
 NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t", "R", "G", "S", "tokens", "a", "b", "W", "L", "mid"}
+NAMES |= {"MW", "ML", "ZW", "ZL", "T", "XS", "X", "sw", "sl"} | STATED
 
 
 def settings_of(slug: str) -> tuple[type[Objective], dict]:
     """The class that a file of conf/algo names, and its settings."""
     values = OmegaConf.to_container(OmegaConf.load(YAML[slug]), resolve=True)
-    values.pop("defaults", None)  # which source it draws from
+    values.pop("defaults", None)  # what it chooses from other groups
+    if "parts" in values:  # of a mixture
+        values["parts"] = expanded(values["parts"])
     module, _, name = values.pop("_target_").rpartition(".")
     return getattr(importlib.import_module(module), name), values
 
@@ -68,23 +76,37 @@ def draw(cls: type[Objective], rng: random.Random, **pinned) -> Objective:
     raise AssertionError(f"no settings of {cls.__name__} satisfy {cls.require}")
 
 
+def drawn_parts(values: dict, rng: random.Random) -> dict:
+    """The same parts of a mixture with weights and settings of their own; nothing for other objectives."""
+    out = []
+    for part in values.get("parts", []):
+        module, _, name = part["_target_"].rpartition(".")
+        made = draw(getattr(importlib.import_module(module), name), rng)
+        out.append(part | {f.name: getattr(made, f.name) for f in fields(made)} | {"weight": rng.uniform(0.1, 2)})
+    return {"parts": out} if out else {}
+
+
 def several(slug: str, seed: int = 0, draws: int = 3) -> list[Objective]:
     """The YAML's settings, then `draws` random ones for each combination of the switches."""
-    cls, rng = settings_of(slug)[0], random.Random(f"{slug} {seed}")
+    (cls, own), rng = settings_of(slug), random.Random(f"{slug} {seed}")
     types = typing.get_type_hints(cls)
     switches = {f.name: _choices(types[f.name]) for f in fields(cls) if _choices(types[f.name])}
     combinations = [dict(zip(switches, values, strict=True)) for values in itertools.product(*switches.values())]
-    return [default(slug)] + [draw(cls, rng, **pinned) for pinned in combinations for _ in range(draws)]
+    return [default(slug)] + [draw(cls, rng, **pinned, **drawn_parts(own, rng)) for pinned in combinations for _ in range(draws)]
 
 
 def scored(objective: Objective, layout: Batch, tokens: dict[str, Tensor]) -> Batch:
     """The layout with exactly the quantities that the objective declares, made of token log-probs [N] per scorer."""
     scores: dict[str, dict[str, Tensor]] = {}
     for scorer, quantities in objective.quantities.items():
-        token_logp = tokens[scorer]
+        token_logp = silenced(objective, layout, scorer, tokens[scorer])
         total = token_logp.new_zeros(layout.lengths.shape).index_add(0, layout.token_edge, token_logp)
         made = {"logp": total, "token_logp": token_logp, "reward": total}
-        scores[scorer] = {quantity: made[quantity] for quantity in quantities}
+        made |= taught(token_logp) if scorer == "teacher" else {}
+        if scorer == "policy":
+            made |= derived(layout, tokens) | compared(objective, tokens)
+        made |= {name: t for name, t in tokens.items() if name in PER_TOKEN or name in SHAPES}  # `tokens` may state some of them
+        scores[scorer] = {quantity: made[quantity] for quantity in quantities if quantity not in LIVE}
     return replace(layout, scores=scores)
 
 
@@ -113,6 +135,7 @@ def rankings(entries: list[list[tuple[int, float]]], weight: Tensor) -> Rankings
 def random_layout(objective: Objective, rng: random.Random, units: int, edges: int = 9) -> Batch:
     """`units` units over `edges` edges of unequal lengths. Edges are shared, out of order, and some are in no unit."""
     layout = layout_of([rng.randint(1, 6) for _ in range(edges)])
+    layout.step = random_steps(layout, rng) if objective.steps else None
     weight = floats(rng.uniform(0.1, 3) for _ in range(units))
     if objective.view == "pairs":
         sides = [rng.sample(range(edges - 1), 2) for _ in range(units)]
@@ -121,6 +144,7 @@ def random_layout(objective: Objective, rng: random.Random, units: int, edges: i
         margin = floats(rng.uniform(-1, 2) if "margin" in has else 0.0 for _ in range(units))
         columns = [torch.tensor([s[i] for s in sides], dtype=torch.long) for i in (0, 1)]
         layout.pairs = Pairs(*columns, label, weight, margin)
+        layout = with_extra_edges(objective, layout, rng)
     elif objective.view == "unary":
         order = rng.sample(range(edges), edges)
         mismatched = torch.tensor(order[:3] if objective.mismatched else [], dtype=torch.long)
@@ -149,13 +173,14 @@ def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
     if objective.view == "groups":
         return _one_of_a_group(objective, names)
     if objective.view == "ranking":
-        return _one_list(objective, names["S"])
+        return _one_tree(objective, names) if "T" in names else _one_list(objective, names["S"])
     get = {"p": 1, "m": 0, "nw": 1, "nl": 1, "n": 1, "d": 1, "z": 0, "w": 0, "l": 0, "y": 0, "rw": 0, "rl": 0, "r": 0} | names
     get |= {"w": names.get("a", get["w"]), "l": names.get("b", get["l"])}  # a reward takes the place of the log-prob
     one, policy, reference = floats([1]), [], []
     if objective.view == "pairs":
         edges = [(get["nw"], get["w"], get["rw"]), (get["nl"], get["l"], get["rl"])]
-        views = {"pairs": Pairs(torch.tensor([0]), torch.tensor([1]), floats([get["p"]]), one, floats([get["m"]]))}
+        extra = 2 + torch.arange(len(objective.extra))[None]
+        views = {"pairs": Pairs(torch.tensor([0]), torch.tensor([1]), floats([get["p"]]), one, floats([get["m"]]), extra)}
     elif objective.view == "unary":
         edges = [(get["n"], get["y"], get["r"]), (1, get["z"], 0.0)]
         views = {"unary": Unary(torch.tensor([0]), torch.tensor([bool(get["d"])]), one, torch.tensor([1]))}
@@ -169,11 +194,16 @@ def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
     sides = [[(logp / length, ref / length)] * length for length, logp, ref in edges]
     if "W" in names:  # token by token
         sides = [names["W"], names["L"]]
+    sides += extra_tokens(objective, names) if objective.extra else []
     for side in sides:
         policy += [t for t, _ in side]
         reference += [s for _, s in side]
     layout = layout_of([len(side) for side in sides], **views)
-    return scored(objective, layout, {s: floats(policy if s == "policy" else reference) for s in objective.quantities})
+    tokens = {s: floats(policy if s == "policy" else reference) for s in objective.quantities}
+    if "slow" in objective.quantities:
+        spread = ((names.get("sw", 0), get["nw"]), (names.get("sl", 0), get["nl"]))
+        tokens["slow"] = floats(logp / n for logp, n in spread for _ in range(n))
+    return scored(objective, layout, tokens | pinned(layout, names) | stated(layout, names))
 
 
 def _one_of_a_group(objective: Objective, names: dict[str, Any]) -> Batch:
@@ -196,6 +226,15 @@ def _one_list(objective: Objective, entries: list[tuple]) -> Batch:
     return scored(objective, layout, {s: tokens[s] for s in objective.quantities})
 
 
+def _one_tree(objective: Objective, names: dict[str, Any]) -> Batch:
+    """The unit whose branches are the steps T, with the scores of S."""
+    entry, step, ratio, hidden = zip(*steps_of(names), strict=True)
+    ranking = rankings([[(e, v) for e, (*_, v) in enumerate(names["S"])]], floats([1]))
+    layout = layout_of([entry.count(e) for e in range(len(names["T"]))], ranking=ranking, step=torch.tensor(step))
+    given = {"policy": floats(ratio), "reference": 0 * floats(ratio), "hidden": torch.tensor(hidden, dtype=torch.float64)}
+    return scored(objective, layout, given)
+
+
 def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
     """Values for every name that a formula may use in this view."""
     if objective.view == "pairs" and "reward" in objective.quantities["policy"]:
@@ -203,8 +242,10 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
     if objective.view == "pairs":
         nw, nl = rng.randint(1, 5), rng.randint(1, 5)
         logps = {k: -n * rng.uniform(0.05, 3) for k, n in (("w", nw), ("rw", nw), ("l", nl), ("rl", nl))}
-        return logps | {"nw": nw, "nl": nl, "p": rng.random() if "label" in objective.columns else 1.0,
-                        "m": rng.uniform(-1, 2) if "margin" in objective.columns else 0.0}
+        logps |= {"nw": nw, "nl": nl, "p": rng.random() if "label" in objective.columns else 1.0,
+                  "m": rng.uniform(-1, 2) if "margin" in objective.columns else 0.0}
+        logps |= random_extra(objective, rng, nw, nl) | random_stated(objective, rng, nw, nl)
+        return logps | ({k: -rng.uniform(0.05, 9) for k in ("sw", "sl")} if "slow" in objective.quantities else {})
     if objective.view == "ranking":
         count = rng.randint(2, 4)
         lengths = [rng.randint(1, 5) for _ in range(count)]
@@ -223,11 +264,12 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
 
 def with_derived(names: dict[str, float]) -> dict[str, float]:
     """The names plus h, mu and sd of a batch of one pair, and t where a unit is a single token's worth of it."""
+    names = with_sums(names)
     for side, tokens in (("w", names["W"]), ("l", names["L"])) if "W" in names else ():
         given = {side: math.fsum(t for t, _ in tokens), f"r{side}": math.fsum(s for _, s in tokens), f"n{side}": len(tokens)}
         names = given | names
     if "w" in names:
-        names = {"rw": 0, "rl": 0, "nw": 1, "nl": 1, "p": 1, "m": 0} | names
+        names = {"rw": 0, "rl": 0, "sw": 0, "sl": 0, "nw": 1, "nl": 1, "p": 1, "m": 0} | names
         names["h"] = (names["w"] - names["rw"]) - (names["l"] - names["rl"])
         names["t"] = names["w"] / names["nw"]
         spelt = ("W w rw nw".split(), "L l rl nl".split())
@@ -276,5 +318,8 @@ def random_rows(objective: Objective, rng: random.Random, count: int) -> list[Ro
         else:
             replies, kind = rng.randint(1, 2), "demonstration"
         prompt = [rng.randint(4, 99) for _ in range(rng.randint(1, 8))]
-        rows.append(Row(Tokens(prompt, [branch(rng) for _ in range(replies)]), kind, **extra))
+        row = Row(Tokens(prompt, [branch(rng) for _ in range(replies)]), kind, **extra)
+        rows.append(row_with_extra(objective, row, rng))
+    for reply in [b for row in rows for b in row.tokens.branches] if objective.steps else []:
+        reply.steps = sorted(rng.randint(0, 3) for _ in reply.ids)
     return rows

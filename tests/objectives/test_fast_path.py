@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,11 @@ from prefopt.data.tokenise import Branch, Tokens
 from prefopt.objectives.base import Objective, reduce_terms, total_weights
 from prefopt.policies import logprob
 from prefopt.policies.causal_lm import CausalLM
+from prefopt.policies.owned import give_module
 from prefopt.policies.reward_model import RewardModel
-from prefopt.training.engine import quantities
+from prefopt.policies.teacher import Teacher
+from prefopt.training.engine import Engine
+from tests.extra_samples import row_with_extra
 from tests.toy import data_config, model_config, save_model
 
 CLOSE = {"rtol": 1e-4, "atol": 3e-6}  # float64, but for the norms, which transformers computes in float32 whatever comes in
@@ -37,7 +42,12 @@ def small_chunks(monkeypatch):
 
 
 def load(folder, objective: Objective, layout: str, seed: int = 0):
-    kind = RewardModel if "reward" in objective.quantities["policy"] else CausalLM
+    return loaded(folder, RewardModel if "reward" in objective.quantities["policy"] else CausalLM, layout, seed)
+
+
+@cache
+def loaded(folder, kind: type, layout: str, seed: int):
+    """One model for all objectives: they only ever ask for its scores and their gradients."""
     fast = layout != "rows"
     settings = model_config(folder, share_prompts=fast, fused_head=fast, attention="varlen" if layout == "packed" else "sdpa")
     policy = kind(settings, data_config(), TrustConfig(), torch.device("cpu"), "fp32", seed)
@@ -98,27 +108,41 @@ def shapes(objective: Objective) -> dict[str, list[Row]]:
         "one prompt": [replace(r, tokens=Tokens(rows[0].tokens.prompt, r.tokens.branches)) for r in rows],
         "a single row": rows[:1],
     }
-    return {name: rows for name, rows in found.items() if rows}
+    return {name: [row_with_extra(objective, row, rng) for row in rows] for name, rows in found.items() if rows}
 
 
 def loss_and_gradients(policy, scorers, objective: Objective, micro):
-    made = {"policy": policy(micro), **{name: scorer(micro) for name, scorer in scorers.items()}}
-    batch = replace(micro.layout, scores={s: quantities(t, micro.layout, policy.quantity) for s, t in made.items()})
+    """As the engine scores a micro-batch, without its optimiser."""
+    engine = object.__new__(Engine)
+    vars(engine).update({"policy": policy, "model": policy, "objective": objective, "beside": {}, **scorers})
+    give_module(policy, objective, seed=0)
+    if hasattr(policy, "owned"):
+        policy.owned.double().eval()  # without dropout
+    batch = engine.score(micro)
     loss, _ = reduce_terms(batch, objective(batch), total_weights(objective, micro.layout))
     policy.zero_grad()
     loss.backward()
-    return loss.item(), {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in policy.trainable().items()}
+    gradients = {name: torch.zeros_like(w) if w.grad is None else w.grad.clone() for name, w in policy.trainable().items()}
+    if hasattr(policy, "owned"):
+        del policy.owned
+    return loss.item(), gradients
 
 
-@pytest.mark.parametrize("layout", ["trees", "packed"])
-@pytest.mark.parametrize("slug", YAML)
-def test_trap_21_fast_equals_plain_in_float64(folder, slug, layout):
-    """With the YAML's settings in every shape of batch, and with every combination of its switches."""
-    objective, *variants = several(slug, draws=1)
-    fast, plain = load(folder, objective, layout), load(folder, objective, "rows")
-    others = {}
+def frozen(folder, objective: Objective, layout: str) -> dict[str, Any]:
+    """The other scorers, as the engine names them."""
+    made = {}
     if "reference" in objective.quantities:
-        others["reference"] = (load(folder, objective, layout, seed=1), load(folder, objective, "rows", seed=1))
+        made["reference"] = torch.no_grad()(load(folder, objective, layout, seed=1))
+    if "teacher" in objective.quantities:
+        made["teacher"] = Teacher(objective, *(load(folder, objective, layout, seed=seed) for seed in (2, 3)))
+    made["beside"] = {name: torch.no_grad()(load(folder, objective, layout, seed=2)) for name in objective.averages()}
+    return made
+
+
+@pytest.mark.parametrize("slug", YAML)
+def test_trap_21_fast_equals_plain_in_float64(folder, slug):
+    """Both fast layouts, with the YAML's settings in every shape of batch, and with every combination of its switches."""
+    objective, *variants = several(slug, draws=1)
     moved, all_shapes = 0.0, shapes(objective)
     cases = [(objective, name) for name in all_shapes] + [(variant, "random lengths") for variant in variants]
     for objective, name in cases:
@@ -127,18 +151,22 @@ def test_trap_21_fast_equals_plain_in_float64(folder, slug, layout):
             continue
         micro = build(rows, range(len(rows)), objective.view, 0, soft_labels="label" in objective.columns)
         noise = floats(random.Random(name).gauss(-3, 0.3) for _ in micro.layout.token_edge)
-        given = {"previous": lambda _, t=noise: t} if "previous" in objective.quantities else {}
-        sides = [
-            loss_and_gradients(p, {k: torch.no_grad()(v[i]) for k, v in others.items()} | given, objective, micro)
-            for i, p in enumerate((fast, plain))
-        ]
-        (loss, gradients), (plain_loss, plain_gradients) = sides
-        assert loss == pytest.approx(plain_loss, rel=1e-6, abs=1e-9), name
+        if "previous" in objective.quantities:
+            micro.stored["previous"] = {"token_logp": noise}
+
+        def on(layout, objective=objective, micro=micro):
+            return loss_and_gradients(load(folder, objective, layout), frozen(folder, objective, layout), objective, micro)
+
+        plain_loss, plain_gradients = on("rows")
         # CLOSE suits gradients of up to hundreds, as IPO's. Beyond that rounding grows with them (SPPO, Cal-DPO); WPO's are so small that
         # CLOSE would pass anything.
         largest = max(float(g.abs().max()) for g in plain_gradients.values())
         unit = largest if 0 < largest < 0.01 else largest / 10 if largest > 500 else 1.0
-        for weight, gradient in plain_gradients.items():
-            torch.testing.assert_close(gradients[weight] / unit, gradient / unit, **CLOSE, msg=lambda m, n=name, w=weight: f"{n}, {w}: {m}")
+        for layout in ("trees", "packed"):
+            loss, gradients = on(layout)
+            assert loss == pytest.approx(plain_loss, rel=1e-6, abs=1e-9), (layout, name)
+            for weight, gradient in plain_gradients.items():
+                where = f"{layout}, {name}, {weight}"
+                torch.testing.assert_close(gradients[weight] / unit, gradient / unit, **CLOSE, msg=lambda m, where=where: f"{where}: {m}")
         moved += sum(float(g.abs().sum()) for g in plain_gradients.values()) / unit
     assert moved > 1e-3

@@ -11,9 +11,10 @@ from samples import YAML, default, floats, layout_of, random_layout, random_toke
 
 from prefopt.objectives.base import Demonstrations, Groups, Pairs, Rankings, Unary, reduce_terms, total_weights
 from prefopt.objectives.reference_free import ORPO, log1mexp
+from tests.extra_samples import extreme_tokens, with_extra_edges
 
 # Losses a part of which is held constant in the gradient: differences of the whole loss are not its gradient.
-HELD = [slug for slug in YAML if any("sg(" in text for text in settings_of(slug)[0].formula.values())]
+HELD = [slug for slug in YAML if any("sg(" in text for text in default(slug).formula.values())]
 
 
 def loss_of(objective, layout, tokens):
@@ -46,7 +47,7 @@ def formula_loss(objective, layout, tokens) -> float:
     """The loss as the formulas give it: means over units, weighted by the data."""
     batch, loss = scored(objective, layout, tokens), 0.0
     for term in objective(batch).terms:
-        values, weights = expected(objective, batch, term.name, term.unit)
+        values, weights = expected(objective, term.batch or batch, term.name, term.unit)
         loss += math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)
     return loss
 
@@ -106,11 +107,13 @@ def test_first_step_goes_the_right_way(slug):
         views = {"groups": Groups(edges, edges - edges % 2, (edges % 2 == 0).double(), floats([1] * 8))}
     else:
         views, down = {"demonstrations": Demonstrations(half, one)}, []
-    layout = layout_of(lengths, **views)
-    policy = floats(-4 / lengths[e] for e in layout.token_edge).requires_grad_()
+    layout = with_extra_edges(objective, layout_of(lengths, **views), rng)
+    policy = floats(-4 / layout.lengths[e] for e in layout.token_edge).requires_grad_()
     tokens = {scorer: policy if scorer == "policy" else policy.detach() for scorer in objective.quantities}
     (grad,) = torch.autograd.grad(loss_of(objective, layout, tokens), policy)
     for token, edge in enumerate(layout.token_edge.tolist()):
+        if edge >= len(lengths):  # an extra sequence
+            continue
         sign = -1 if edge in up else 1 if edge in down else 0
         assert math.copysign(1, grad[token]) == sign if sign else grad[token] == 0
 
@@ -128,7 +131,8 @@ def test_trap_20_one_value_per_unit_and_metrics_detached(slug):
         terms = objective(scored(objective, layout, policy))
         for term in terms.terms:
             imitated = layout.demonstrations.edge if layout.demonstrations else layout.pairs.chosen if layout.pairs else None
-            count = int(layout.tokens_of(imitated).sum()) if term.unit == "token" else 4
+            units = 16 if term.batch is not None and term.unit == "completion" else 4  # both replies of a mixture's pairs, good and bad
+            count = int(layout.tokens_of(imitated).sum()) if term.unit == "token" else units
             assert term.values.shape == (count,) and term.values.dtype == torch.float64 and term.values.requires_grad
         assert not any(metric.requires_grad for metric in terms.metrics.values())
 
@@ -161,8 +165,11 @@ def extreme_batch(objective, dtype):
         views = {"groups": Groups(edges, edges - edges % 8, reward, torch.ones(len(edges), dtype=dtype))}
     else:
         views = {"demonstrations": Demonstrations(edges, torch.ones(len(edges), dtype=dtype))}
-    tokens["previous"] = tokens["reference"]
-    return layout_of(lengths, **views), {s: torch.tensor(tokens[s], dtype=dtype) for s in objective.quantities}
+    tokens["previous"], tokens["teacher"] = tokens["reference"], [t / 2 for t in tokens["policy"]]
+    tokens["slow"] = [t / 3 for t in tokens["policy"]]
+    layout = with_extra_edges(objective, layout_of(lengths, **views), random.Random("extreme"))
+    tokens = {s: extreme_tokens(layout, len(lengths), values, LOGPS, shift) for shift, (s, values) in enumerate(tokens.items())}
+    return layout, {s: torch.tensor(tokens[s], dtype=dtype) for s in objective.quantities}
 
 
 @pytest.mark.parametrize("slug", YAML)
@@ -178,7 +185,7 @@ def test_extreme_scores_stay_finite_and_right(slug):
             for term in terms:
                 assert term.values.isfinite().all()
                 if dtype == torch.float64:
-                    values, _ = expected(objective, batch, term.name, term.unit)
+                    values, _ = expected(objective, term.batch or batch, term.name, term.unit)
                     assert (term.weight * term.values).tolist() == pytest.approx(values, rel=1e-9, abs=1e-9)
 
 

@@ -11,7 +11,8 @@ from dataclasses import fields
 import pytest
 from samples import ROOT, YAML, default, settings_of
 
-from prefopt.objectives.base import VIEWS, Objective, holds
+from prefopt.objectives.base import PER_TOKEN, SHAPES, VIEWS, Objective, holds
+from prefopt.policies.divergence import KINDS
 
 SOURCES = sorted((ROOT / "prefopt" / "objectives").glob("*.py"))
 RULES = [(slug, rule) for slug in YAML for rule in settings_of(slug)[0].require]
@@ -62,7 +63,7 @@ def test_docstring_names_the_paper_and_the_equation(slug):
 def test_every_field_is_read(slug):
     cls = settings_of(slug)[0]
     read = {
-        node.attr for node in ast.walk(class_node(cls))
+        node.attr for own in cls.__mro__ if issubclass(own, Objective) and own is not Objective for node in ast.walk(class_node(own))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     }
     assert {f.name for f in fields(cls)} <= read
@@ -71,7 +72,7 @@ def test_every_field_is_read(slug):
 @pytest.mark.parametrize("slug", YAML)
 def test_every_method_has_checkable_numbers(slug):
     cls = settings_of(slug)[0]
-    assert cls.formula and cls.golden
+    assert default(slug).formula and cls.golden
 
 
 @pytest.mark.parametrize(("slug", "rule"), RULES)
@@ -105,7 +106,11 @@ def test_declarations_are_known_ones(slug):
     objective = default(slug)
     assert objective.view in VIEWS and objective.coupling in ("local", "global")
     assert set(objective.columns) <= {"weight", "label", "margin"}
-    assert "policy" in objective.quantities and all(set(q) <= {"logp", "token_logp", "reward"} for q in objective.quantities.values())
+    known = {"logp", "reward", "states", "layers", *PER_TOKEN, *SHAPES}
+    assert "policy" in objective.quantities and all(set(q) <= known for q in objective.quantities.values())
+    if "divergence" in objective.quantities["policy"]:
+        kind, scorer = objective.divergence_from
+        assert kind in KINDS and scorer in objective.quantities.keys() - {"policy"}
 
 
 def imported(path) -> set[str]:

@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from samples import YAML, floats, random_rows, scored, settings_of, several
+from samples import YAML, default, floats, random_rows, scored, several
 
 from prefopt.data.batch import build, split_step
 from prefopt.objectives.base import reduce_terms, total_weights
 
-LOCAL = [s for s in YAML if settings_of(s)[0].coupling == "local"]
-GLOBAL = [s for s in YAML if settings_of(s)[0].coupling == "global"]
+LOCAL = [s for s in YAML if default(s).coupling == "local"]
+GLOBAL = [s for s in YAML if default(s).coupling == "global"]
 ROWS = 11
 
 
@@ -21,7 +21,7 @@ class Scores:
         self.objective, self.rows = objective, rows
         self.leaves = {scorer: {} for scorer in objective.quantities}
         for number, row in enumerate(rows):
-            for place, branch in enumerate(row.branches(objective.view) + (row.mismatched or [])):
+            for place, branch in enumerate(row.edges(objective.view)):
                 for scorer, made in self.leaves.items():
                     values = floats(-rng.uniform(0.05, 2) for _ in range(branch.trained))
                     made[number, place] = values.requires_grad_(scorer == "policy")
@@ -52,10 +52,12 @@ def added(totals):
     return {name: sum(t[name] for t in totals) for name in totals[0]}
 
 
-@pytest.mark.parametrize(("budget", "world"), [(1, 1), (40, 1), (60, 2), (35, 3), (10_000, 4), (1, ROWS + 2)])
+CUTS = [(1, 1), (40, 1), (60, 2), (35, 3), (10_000, 4), (1, ROWS + 2)]  # (budget of tokens, ranks)
+
+
 @pytest.mark.parametrize("slug", LOCAL)
-def test_trap_16_split_changes_neither_loss_nor_gradient(slug, budget, world):
-    rng = random.Random(f"split {slug} {budget}")
+def test_trap_16_split_changes_neither_loss_nor_gradient(slug):
+    rng = random.Random(f"split {slug}")
     for objective in several(slug, draws=1):
         rows = random_rows(objective, rng, ROWS)
         scores = Scores(objective, rows, rng)
@@ -63,24 +65,27 @@ def test_trap_16_split_changes_neither_loss_nor_gradient(slug, budget, world):
         whole = scores.build(step)
         batch, totals = scores.of(whole), total_weights(objective, whole.layout)
         want, wanted_shares = reduce_terms(batch, objective(batch), totals)
+        wanted_gradients = scores.gradients(want)
         assert want.item() != 0
 
-        ranks = split_step(rows, step, objective.view, budget, world, rng.choice(["rows", "trees", "packed"]))
-        assert len({len(micros) for micros in ranks}) == 1, "ranks would wait for each other"
-        assert sorted(r for micros in ranks for micro in micros for r in micro) == sorted(step)
-        fillers = [rng.randrange(ROWS) for rank in ranks for _ in rank]
-        micros = [scores.build(chosen, filler=f) for chosen, f in zip([c for rank in ranks for c in rank], fillers, strict=True)]
-        assert added([total_weights(objective, m.layout) for m in micros]) == {n: pytest.approx(t, rel=1e-6) for n, t in totals.items()}
-        got, got_shares = 0, dict.fromkeys(totals, 0)
-        for micro, filler in zip(micros, fillers, strict=True):
-            batch = scores.of(micro, filler)
-            loss, shares = reduce_terms(batch, objective(batch), totals)
-            got = got + loss
-            got_shares = {name: got_shares[name] + share for name, share in shares.items()}
-        assert got.item() == pytest.approx(want.item(), rel=1e-12, abs=1e-12)
-        assert {n: s.item() for n, s in got_shares.items()} == {n: close(s) for n, s in wanted_shares.items()}
-        for a, b in zip(scores.gradients(got), scores.gradients(want), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        for cut in CUTS:
+            ranks = split_step(rows, step, objective.view, *cut, rng.choice(["rows", "trees", "packed"]))
+            assert len({len(micros) for micros in ranks}) == 1, f"{cut}: ranks would wait for each other"
+            assert sorted(r for micros in ranks for micro in micros for r in micro) == sorted(step), cut
+            fillers = [rng.randrange(ROWS) for rank in ranks for _ in rank]
+            micros = [scores.build(chosen, filler=f) for chosen, f in zip([c for rank in ranks for c in rank], fillers, strict=True)]
+            whole_weight = added([total_weights(objective, m.layout) for m in micros])
+            assert whole_weight == {n: pytest.approx(t, rel=1e-6) for n, t in totals.items()}, cut
+            got, got_shares = 0, dict.fromkeys(totals, 0)
+            for micro, filler in zip(micros, fillers, strict=True):
+                batch = scores.of(micro, filler)
+                loss, shares = reduce_terms(batch, objective(batch), totals)
+                got = got + loss
+                got_shares = {name: got_shares[name] + share for name, share in shares.items()}
+            assert got.item() == pytest.approx(want.item(), rel=1e-12, abs=1e-12), cut
+            assert {n: s.item() for n, s in got_shares.items()} == {n: close(s) for n, s in wanted_shares.items()}, cut
+            for a, b in zip(scores.gradients(got), wanted_gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13, msg=lambda m, cut=cut: f"{cut}: {m}")
 
 
 @pytest.mark.parametrize("slug", YAML)
@@ -128,7 +133,8 @@ def test_global_coupling_is_real(slug):
         one = reduce_terms(whole, objective(whole), totals)[0].item()
         halves = sum(reduce_terms(b, objective(b), totals)[0].item() for b in map(scores.of, parts))
         gaps.append(abs(one - halves))
-    assert max(gaps) > 1e-4
+    mixed = hasattr(default(slug), "mixed")  # where the coupled part is one of several, and its share of the loss a small one
+    assert max(gaps) > (1e-6 if mixed else 1e-4)
 
 
 @pytest.mark.parametrize("slug", YAML)

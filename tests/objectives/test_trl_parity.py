@@ -30,6 +30,7 @@ from prefopt.objectives.links import (  # noqa: E402
     RobustDPO,
     SPPOHard,
 )
+from prefopt.objectives.mixture import Mixture  # noqa: E402
 from prefopt.objectives.pairwise import DPO, IPO  # noqa: E402
 from prefopt.objectives.pointwise import AOT, BCO  # noqa: E402
 from prefopt.objectives.policy_gradient import GRPO  # noqa: E402
@@ -497,3 +498,18 @@ def test_bco_pair_of_trl_has_no_midpoint(tmp_path):
 
     assert abs(theirs - ours) > 1e-3
     assert theirs == pytest.approx(twice_the_mean(0.0), abs=1e-5) and ours == pytest.approx(twice_the_mean(sum(ratio) / 6), abs=1e-5)
+
+
+@pytest.mark.parametrize(("losses", "parts"), [
+    ({"sigmoid": 0.8, "sft": 1.0}, [("pairwise.DPO", 0.8, {"beta": 0.3}), ("unary.SFT", 1.0, {})]),
+    ({"hinge": 0.3, "sigmoid": 0.5, "sft": 0.1}, [("links.Hinge", 0.3, {"beta": 0.3}), ("pairwise.DPO", 0.5, {"beta": 0.3}),
+                                                 ("unary.SFT", 0.1, {})]),
+])
+def test_mixture_is_trl_with_several_losses(tmp_path, losses, parts):
+    reference = llama(1)
+    made, model = trainer(
+        tmp_path, "DPO", PREFERENCES, ref_model=copy.deepcopy(reference), beta=0.3, loss_type=list(losses), loss_weights=[*losses.values()]
+    )
+    inputs = collated(made)
+    mixture = Mixture([{"_target_": f"prefopt.objectives.{name}", "weight": weight, **settings} for name, weight, settings in parts])
+    assert_same(run(made, inputs), ours_on(mixture, model, dpo_edges(inputs), reference, **pairs(3)))

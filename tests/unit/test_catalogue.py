@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,23 @@ from omegaconf import OmegaConf
 
 import prefopt.objectives
 from prefopt.config import catalogue
+from prefopt.config.docstring import doc_parts
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = [(group, name) for group, names in catalogue.groups().items() for name in names]
+# Published systems that must be there, whatever group each of them lives in, with their papers.
+PUBLISHED = (
+    ("dpo", "2305.18290"), ("simpo", "2405.14734"), ("ld_dpo", "2409.06411"), ("tdpo", "2404.11999"), ("tgdpo", "2506.14574"),
+    ("rdpo_robust", "2403.00409"), ("rpo_regularized", "2405.16436"), ("bco", "2404.04656"), ("is_daa", "2506.08681"),
+    ("madpo", "2510.05342"), ("sem_dpo", "2507.20133"), ("f_dpo", "2601.03027"), ("tab_po", "2603.00025"), ("sparsepo", "2410.05102"),
+    ("t_reg", "2412.02685"), ("asft", "2409.10571"), ("pro", "2306.17492"), ("lipo", "2402.01878"), ("rso", "2309.06657"),
+    ("tpo_tree", "2410.12854"), ("align_distil", "2503.02832"), ("ra_dpo", "2410.08067"), ("rationale_po", "2407.14477"),
+    ("curry_dpo", "2403.07230"), ("flr", "2409.13948"), ("spo_selfsup", "2409.17791"), ("cpo_constrained", "2605.20834"),
+    ("srpo", "2406.01660"), ("apo_accelerated", "2410.06293"), ("sft_dpo_bridge", "2507.00018"), ("logic_dpa", "2412.17696"),
+    ("r_to_q", "2404.12358"), ("irepo", "2405.15230"), ("mpo_mixed", "2403.19443"), ("ofs_dpo", "2406.05534"), ("tvkd", "2509.16965"),
+)
 
 
 def _objectives() -> list[type]:
@@ -107,7 +120,7 @@ from prefopt.objectives.unary import KTO
 class Child(family.Middle):
     """Child."""
 
-    extra: float = SCALE
+    added: float = SCALE
     beta: float = 3.0
 
     min_batch = 4
@@ -260,7 +273,10 @@ def test_show(group, name):
         assert not info.paper or f"https://arxiv.org/abs/{info.paper}" in text
         assert all(f"  {term} = " in text for term in info.formula)
         assert all(f"algo.{key}: " in text for key in info.fields)
-        assert ("reference: " in text) == info.needs_reference
+        assert any(line.startswith("  reference: ") for line in lines) == info.needs_reference
+        assert all(f"\n{title}\n" in text for title in ("Equation", *catalogue.SAID.values())), "a label is missing from the docstring"
+        assert all(f"prefopt train +experiment={found}" in text for found in catalogue.experiments(name))
+        assert all(f"{key}={value}" in text for key, value in catalogue.brings(name).items())
     else:
         header = " ".join(catalogue.header(group, name))
         assert header and header in " ".join(text.split())
@@ -269,12 +285,45 @@ def test_show(group, name):
             assert " ".join(line.comment.split()) in " ".join(text.replace("# ", "").split())
 
 
+@pytest.mark.parametrize(("slug", "paper"), PUBLISHED, ids=[slug for slug, _ in PUBLISHED])
+def test_every_published_system_is_found(slug, paper):
+    text = catalogue.show_text(slug)
+    assert text.startswith((f"{slug}: ", *(f"{group}={slug}\n" for group in catalogue.GROUPS))) and paper in text
+    assert len({arxiv for _, arxiv in PUBLISHED}) == len(PUBLISHED) == 36
+
+
+def test_files_of_one_class_are_told_apart():
+    said = {}
+    for slug in catalogue.groups()["algo"]:
+        said.setdefault(catalogue.summary(slug), []).append(slug)
+    assert [slugs for slugs in said.values() if len(slugs) > 1] == []
+    assert catalogue.summary("dpo").startswith("Direct Preference Optimization: ")
+    assert catalogue.summary("cdpo") == "Conservative DPO: DPO with smoothed labels, as its authors' code has it"
+    assert catalogue.summary("online_dpo").startswith("Online DPO: DPO on pairs that the policy itself has written")
+
+
+def test_what_a_docstring_says():
+    doc = """First line (arXiv 0000.00000).
+
+    h = a - b
+    L(y) = -log sigmoid(h), mean over pairs. Rewards: h. Ranges: loss starts at ln 2;
+    rewards at 0. They grow.
+    When: always. Limits: none that
+    we know of. L = x is no equation here.
+    """
+    equations, prose, said = doc_parts(inspect.cleandoc(doc))
+    assert (equations, prose) == (["h = a - b", "L(y) = -log sigmoid(h), mean over pairs."], "")
+    assert said == {"Rewards": "h.", "Ranges": "loss starts at ln 2; rewards at 0. They grow.", "When": "always.",
+                    "Limits": "none that we know of. L = x is no equation here."}
+    assert doc_parts("First line.\n\nProse, and\nmore of it. Limits: one.") == ([], "Prose, and more of it.", {"Limits": "one."})
+
+
 def test_show_finds_all_groups_and_suggests():
     text = catalogue.show_text("bandit")
     assert "model=bandit\n" in text and "data=bandit\n" in text
     assert catalogue.find("bandit") == [("model", "bandit"), ("data", "bandit")]
     assert catalogue.find("data/bandit") == [("data", "bandit")]
-    assert catalogue.find("DPO") == [("algo", "dpo")]
+    assert catalogue.find("IPO") == [("algo", "ipo")]
     with pytest.raises(UserError, match="named simpa; did you mean 'simpo'?"):
         catalogue.show_text("simpa")
     with pytest.raises(UserError, match="algo=Simp does not exist; did you mean 'simpo'?"):
@@ -289,19 +338,38 @@ def test_list(group):
     assert max(map(len, lines)) <= catalogue.WIDTH
 
 
-def _slugs(text: str) -> set[str]:
-    return {line.split()[0] for line in text.splitlines()[1:] if line[0] != " "}
+def _slugs(text: str) -> list[str]:
+    """Names of the table, below its titles: they stand two columns in, what is wrapped stands further."""
+    return re.findall(r"^  (\w+) ", text.partition("\n")[2], re.MULTILINE)
+
+
+def test_list_is_grouped_by_what_methods_read():
+    blocks = [block.splitlines() for block in catalogue.list_text("algo").split("\n\n")[1:]]
+    infos = [catalogue.algo_info(slug) for slug in catalogue.groups()["algo"]]
+    for head, *rows in blocks:
+        view, _, said = head.partition(": ")
+        assert said == catalogue.VIEWS[view]
+        assert _slugs("\n".join(["titles", *rows])) == [info.slug for info in infos if info.view == view]
+    assert [block[0].partition(":")[0] for block in blocks] == [v for v in catalogue.VIEWS if v in {info.view for info in infos}]
+    text = " ".join(catalogue.list_text("algo").split())
+    assert "online_dpo 2402.04792 any Online DPO: DPO on pairs that the policy itself has written" in text
+    assert "has labelled. Needs: reference, samples" in text
 
 
 def test_list_filters():
     infos = {slug: catalogue.algo_info(slug) for slug in catalogue.groups()["algo"]}
     for view in {info.view for info in infos.values()}:
         shown = _slugs(catalogue.list_command(["algo", "--view", view]))
-        assert shown == {slug for slug, info in infos.items() if info.view == view}
+        assert shown == [slug for slug, info in infos.items() if info.view == view]
     for word, test in catalogue.NEEDS.items():
         wanted = {slug for slug, info in infos.items() if test(info)}
-        assert _slugs(catalogue.list_command([f"--needs={word}"])) == wanted
-        assert _slugs(catalogue.list_command(["--needs", f"no-{word}", "algo"])) == set(infos) - wanted
+        assert set(_slugs(catalogue.list_command([f"--needs={word}"]))) == wanted
+        assert set(_slugs(catalogue.list_command(["--needs", f"no-{word}", "algo"]))) == set(infos) - wanted
+    any_model = set(_slugs(catalogue.list_command(["algo", "--modality", "diffusion"])))
+    assert {"dpo", "simpo", "kto", "lipo"} <= any_model and not {"sft", "orpo", "ld_dpo", "grpo"} & any_model
+    assert all(info.token_level or info.proper_likelihood or slug in any_model for slug, info in infos.items()
+               if all(set(q) <= {"logp", "reward", "token_logp"} for q in info.quantities.values()) and not info.extra)
+    assert set(_slugs(catalogue.list_command(["--modality=llm"]))) == set(infos)
     assert catalogue.list_command(["algo", "--view", "demonstrations", "--needs", "reference"]) == "no method fits"
 
 
@@ -314,6 +382,8 @@ def test_list_filters():
         (["--needs", "referense"], "did you mean 'reference'?"),
         (["--neds", "reference"], "no option --neds; did you mean '--needs'?"),
         (["--view"], "--view needs a value"),
+        (["--modality"], "--modality needs a value, such as diffusion"),
+        (["--modality", "difusion"], "none of llm, diffusion; did you mean 'diffusion'?"),
         (["algo", "model"], "one group"),
     ],
 )
@@ -332,6 +402,19 @@ def _make_docs():
 
 def test_docs_are_up_to_date(capsys):
     assert _make_docs().main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_every_published_system_stands_in_the_table_of_checks():
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    lines = page.partition("## What is tested")[2].partition("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = {row[0].partition("]")[0][1:]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+    assert set(rows) >= {*catalogue.groups()["algo"], *(slug for slug, _ in PUBLISHED)}
+    for name, row in rows.items():
+        by_registration = [row[column] for column in ("formula", "golden", "gradient", "splits", "fast path")]
+        assert set(by_registration) == ({"yes"} if name in catalogue.groups()["algo"] else {""}), name
+        assert any(list(row.values())[1:]), name
+        assert f"\n## {name}\n" in page
 
 
 def test_docs_check_sees_a_stale_file(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -9,6 +11,7 @@ from omegaconf import OmegaConf
 from prefopt.config import catalogue
 from prefopt.config.compose import check_algo, dotted, rephrase, typed, unknown_key
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys, config_of
+from prefopt.data.fits import check_data
 from prefopt.errors import UserError
 from prefopt.launch.app import parse, refuse
 
@@ -47,8 +50,13 @@ def test_every_choice_composes_and_is_typed(group, name):
     extra = {"model": ["data=bandit"], "data": ["model=bandit"]}.get(group, []) if name == "bandit" else []
     extra += ["reward.path=x"] if (group, name) == ("reward", "model") else []
     extra += ["algo=grpo"] if (group, name) == ("source", "rollout") else []
+    extra += {"round": ["source=rounds"], "stage": ["transforms=curriculum"]}.get(name, []) if group == "reference" else []
     needs_path = (("data", "jsonl"), ("data", "parquet"), ("experiment", "smollm2_real-pairs"))
     extra += ["data.path=x"] if (group, name) in needs_path else []
+    used_by = {"dpo": "tgdpo", "dpo_and_reverse": "align_distil", "reward": "mpo_mixed"}
+    extra += [f"algo={used_by[name]}"] if group == "stages" and name in used_by else []
+    text = (catalogue.conf_dir() / group / f"{name}.yaml").read_text()
+    extra += ["stages=reward"] if group == "transforms" and "stage:reward" in text else []
     assert typed(composed(f"{group}={name}", *extra), "train", name).algo["name"] == name
 
 
@@ -69,8 +77,10 @@ def test_every_choice_key_refuses_a_typo_by_name(key, plain):
 @pytest.mark.parametrize("key", sorted(key for key, *_ in BOUNDS))
 def test_every_bound_refuses_by_name(key, plain):
     value = [2.0] if key == "optim.betas" else -1
+    command = next(c for c, schema in COMMANDS.items() if key in all_keys(schema))
+    base = plain if command == "train" else OmegaConf.to_container(composed(*NEEDED[command], command=command), resolve=False)
     with pytest.raises(UserError, match=rf"^{key}=\S+: it must be (at least|above|in|0|two|a share)"):
-        typed(with_key(plain, key, value), "train", "dpo")
+        typed(with_key(base, key, value), command, "dpo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -134,6 +144,92 @@ def test_combinations_that_cannot_work(overrides, said):
 def test_algo_settings(settings, said):
     with pytest.raises(UserError) as caught:
         check_algo(settings, [], "mine")
+    assert said in str(caught.value)
+
+
+ALGOS = catalogue.groups()["algo"]
+
+
+@pytest.mark.parametrize("slug", [slug for slug in ALGOS if "beta" in catalogue.algo_info(slug).fields])
+def test_beta_below_zero_is_refused_with_the_rule(slug):
+    """And 0 as well, where it is a scale; where beta is the weight of a penalty, 0 switches that off."""
+    settings, info = catalogue.load_yaml("algo", slug), catalogue.algo_info(slug)
+    settings.pop("defaults", None)
+    for beta in (-0.1, 0.0) if "beta > 0" in info.require else (-0.1,):
+        with pytest.raises(UserError, match=rf"^algo\.beta={beta}: {info.name} needs beta >=? 0; the default is "):
+            check_algo(settings | {"beta": beta}, [], slug)
+
+
+@pytest.mark.parametrize("slug", [slug for slug in ALGOS if not catalogue.algo_info(slug).needs_reference])
+@pytest.mark.parametrize("key, value", [("policy", "base"), ("refresh", "round"), ("store", "on")])
+def test_a_reference_is_refused_where_none_is_read(slug, key, value, plain):
+    settings = catalogue.load_yaml("algo", slug)
+    settings.pop("defaults", None)
+    cfg = with_key(plain, "algo", settings)
+    asked = catalogue.algo_info(slug).quantities
+    cfg.teacher.path = "x" if "teacher" in asked else None
+    cfg.teacher.reverse = "x" if "distance" in asked.get("teacher", ()) else None
+    OmegaConf.update(cfg, f"reference.{key}", value)
+    with pytest.raises(UserError) as caught:
+        typed(cfg, "train", slug)
+    said = str(caught.value)
+    assert said.startswith(f"reference.{key}={value}: ") and "no reference; use reference." in said
+    OmegaConf.update(cfg, f"reference.{key}", "off" if key == "store" else {"policy": "initial", "refresh": "never"}[key])
+    assert typed(cfg, "train", slug).algo["name"] == slug
+
+
+def rows_of(tmp_path, *rows: dict) -> list[str]:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}"]
+
+
+ONE = {"prompt": "a", "completion": "b", "label": True}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+LIST = {"prompt": "a", "completions": ["b", "c", "d"]}
+
+
+@pytest.mark.parametrize("algo, rows, said", [
+    ("dpo", [ONE], "row 1: this is a unary row, and the objective needs pairs (chosen and rejected). Choose other data, or an algorithm "
+                   "for unary data, such as algo=kto"),
+    ("lipo", [ONE], "the objective needs rankings (completions with scores or ranks) or pairs"),
+    ("lipo", [LIST], "row 1: 'completions' needs 'scores' or 'ranks'. Mend the row, or set data.on_bad_row=skip"),
+    ("kto", [{"prompt": "a", "completion": "b"}], "row 1: this is a demonstration row, and the objective needs labelled completions"),
+    ("sft", [{"prompt": "a"}], "such as algo=online_dpo"),
+    ("ipo", [PAIR | {"margin": 1.0}], "row 1: the data has a margin, which this objective does not use"),
+    ("lipo", [LIST | {"scores": [1, 2, 3]}], None),
+    ("lipo", [PAIR], None),
+    ("dpo", [LIST | {"ranks": [3, 1, 2]}], None),
+    ("kto", [ONE], None),
+    ("dpo", [PAIR, ONE], None),  # only the first row is looked at here; every row is when they are loaded
+])
+def test_the_first_row_of_a_file_tells_whether_it_fits(algo, rows, said, tmp_path):
+    cfg = typed(composed(f"algo={algo}", *rows_of(tmp_path, *rows)), "train", algo)
+    if said is None:
+        return check_data(cfg)
+    with pytest.raises(UserError) as caught:
+        check_data(cfg)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides, said", [
+    (("algo=dpo", "data=kto-mix-14k"), "data=kto-mix-14k: the objective needs pairs (chosen and rejected), and data.columns has none of "
+                                       "these (it has prompt, completion, scores, ranks, label, weight, margin"),
+    (("algo=pro", "data=kto-mix-14k"), "the objective needs rankings (completions with scores or ranks) or pairs"),
+    (("algo=lipo", "data=ultrafeedback", "data.columns.chosen=null", "data.columns.scores=null", "data.columns.ranks=null"),
+     "needs rankings (completions with scores or ranks) or pairs, and data.columns has none of these"),
+    (("algo=dpo", "data=kto-mix-14k", "data.columns.completion=null", "data.columns.prompt=null"), "Choose other data, or set the columns"),
+    (("algo=kto", "data=kto-mix-14k"), None),
+    (("algo=sft", "data=kto-mix-14k"), None),
+    (("algo=lipo", "data=ultrafeedback-ranked"), None),
+    (("algo=lipo", "data=ultrafeedback"), None),  # a pair is a list of two
+    (("algo=online_dpo", "data=kto-mix-14k", "reward=model", "reward.path=x"), None),  # it takes the prompts only
+])
+def test_columns_tell_whether_a_dataset_fits(overrides, said):
+    cfg = typed(composed(*overrides), "train", overrides[0].partition("=")[2])
+    if said is None:
+        return check_data(cfg)
+    with pytest.raises(UserError) as caught:
+        check_data(cfg)
     assert said in str(caught.value)
 
 

@@ -22,9 +22,13 @@ SCHEMAS = {
     "tracker": schema.TrackerConfig,
     "reward": schema.RewardConfig,
     "sampler": schema.SamplerConfig,
+    "source": schema.SourceConfig,
+    "reference": schema.ReferenceConfig,
+    "teacher": schema.TeacherConfig,
 }
 TYPED = [(group, name) for group in SCHEMAS for name in catalogue.groups()[group]]
-GLOBAL = [(group, name) for group in ("adapter", "experiment", "sweep", "debug") for name in catalogue.groups()[group]]
+OVERLAYS = ("adapter", "transforms", "stages", "experiment", "sweep", "debug")
+GLOBAL = [(group, name) for group in OVERLAYS for name in catalogue.groups()[group]]
 
 
 def _id(path: Path) -> str:
@@ -98,7 +102,8 @@ def test_overlays_name_real_keys(group, name):
     assert all(value in catalogue.groups()[key] for key, value in chosen.items())
     known = set(_keys(schema.TrainConfig))
     for key in _leaves(resolved_keys(group, name)):
-        key = key.removeprefix("hydra.sweeper.params.")
+        key = re.sub(r"^(hydra\.sweeper\.params|stages\.\w+)\.", "", key)
+        key = re.sub(r"^data\.transforms\..*", "data.transforms", key)  # test_transforms looks into them
         if key.startswith("algo."):
             assert key.removeprefix("algo.") in catalogue.algo_info(chosen["algo"]).fields
         elif not key.startswith("hydra.") and key not in catalogue.GROUPS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefopt.policies import divergence
-from prefopt.policies.divergence import KINDS, token_divergence
+from prefopt.policies.divergence import KINDS, token_divergence, token_value
 from prefopt.policies.logprob import Head
 from tests.unit.test_logprob import Seen
 
@@ -42,6 +42,8 @@ def plain(hidden, head, other_hidden, other_head, kind, top_k, beta):
         return (p * (p / q).log()).sum(-1)
     if kind == "forward":
         return (q * (q / p).log()).sum(-1)
+    if kind == "tv":
+        return (p - q).abs().sum(-1)
     m = beta * q + (1 - beta) * p
     return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
 
@@ -169,6 +171,42 @@ def test_extreme_logits_stay_finite(kind, top_k):
     assert all(torch.isfinite(t.grad).all() for t in (hidden, weight, other_weight))
 
 
+# ---- total variation and soft values ----
+
+
+def test_total_variation_of_two_words():
+    """p = (0.7, 0.3), q = (0.4, 0.6): 0.6; distributions with no word in common: 2."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    p, q = (Head(torch.tensor(d, dtype=torch.float64).log()[:, None]) for d in ((0.7, 0.3), (0.4, 0.6)))
+    assert token_divergence(one, p, one, q, "tv").item() == pytest.approx(0.6, rel=1e-12)
+    far = Head(torch.tensor([[1e3], [-1e3]], dtype=torch.float64))
+    assert token_divergence(one, far, -one, far, "tv").item() == pytest.approx(2.0, rel=1e-12)
+
+
+def test_soft_value_of_three_words():
+    probabilities, one = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    head = Head(probabilities.log()[:, None])
+    assert token_value(one, head, 0.7).item() == pytest.approx(0.264449, abs=1e-6)
+    assert token_value(one, head, 1.0).item() == pytest.approx(0.0, abs=1e-12)
+    assert token_value(one, head, 0.0).item() == pytest.approx(math.log(3), rel=1e-12)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.7, 1.0), (1.0, 1.0), (1.0, 2.5), (0.3, 0.5)])
+def test_soft_value_equals_its_definition(chunk, weight, temperature):
+    """From full distributions, of a head with bias, cap and temperature; no gradient comes back."""
+    hidden, matrix, bias, *_ = inputs()
+    head = heads(matrix, bias, matrix, bias)[0]
+    made = token_value(hidden, head, weight, temperature)
+    want = temperature * (probabilities(hidden, head) ** (weight / temperature)).sum(-1).log()
+    torch.testing.assert_close(made, want.detach(), rtol=1e-9, atol=1e-12)
+    assert not made.requires_grad and (weight == temperature or (made > 0).all() == (weight < temperature))
+
+
+def test_soft_value_refuses_a_temperature_of_0():
+    with pytest.raises(ValueError, match="temperature is above 0, not 0"):
+        token_value(torch.zeros(N, D), Head(torch.zeros(V, D)), 1.0, 0)
+
+
 # ---- types and memory ----
 
 
@@ -221,7 +259,7 @@ def test_nothing_of_size_tokens_times_vocabulary_is_made(tokens, top_k, monkeypa
 @pytest.mark.parametrize(("change", "message"), [
     ({"words": V + 1}, f"vocabularies have {V} and {V + 1} words"),
     ({"tokens": N - 1}, f"{N} positions of one scorer and {N - 1} of the other"),
-    ({"kind": "kl"}, "kind is one of reverse, forward, js, not 'kl'"),
+    ({"kind": "kl"}, "kind is one of reverse, forward, js, tv, not 'kl'"),
     ({"top_k": 0}, "top_k is at least 1"),
     ({"beta": 1.0}, "beta between 0 and 1"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")

@@ -13,12 +13,18 @@ from prefopt.config.catalogue import groups
 from prefopt.config.schema import OptimConfig
 from prefopt.data.batch import Row
 from prefopt.data.tokenise import Branch, Tokens
+from prefopt.objectives.base import About
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.unary import KTO, SFT
+from prefopt.policies.asked import answer
+from prefopt.policies.logprob import Head
+from prefopt.policies.owned import consult
+from prefopt.policies.teacher import Teacher
 from prefopt.training.engine import Engine, learning_rate
 from prefopt.training.metrics import Averages, pair_metrics
 from prefopt.training.setup import make_objective
 from prefopt.training.source import OfflineSource
+from tests.extra_samples import row_with_extra
 from tests.toy_runs import fresh_accelerator, gradients
 
 VOCABULARY = 13
@@ -28,6 +34,7 @@ class TinyPolicy(nn.Module):
     """A bigram model with context averaging: enough to have every edge's score depend on shared weights."""
 
     quantity = "token_logp"
+    about = About(6, 1)
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64):
         super().__init__()
@@ -36,12 +43,17 @@ class TinyPolicy(nn.Module):
         self.head = nn.Parameter(torch.randn(6, VOCABULARY, generator=generator, dtype=dtype))
         self.pad = 0
 
-    def forward(self, micro):
+    def forward(self, micro, asked=None):
         hidden = self.embed[micro.input_ids] * micro.attention[..., None]
-        hidden = hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[None, :, None]
-        logp = (hidden.tanh() @ self.head).log_softmax(-1)[:, :-1]
+        hidden = (hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[None, :, None]).tanh()
+        logp = (hidden @ self.head).log_softmax(-1)[:, :-1]
         targets = logp.gather(-1, micro.input_ids[:, 1:, None]).squeeze(-1)
-        return targets[micro.trained[:, 1:]]
+        trained = micro.trained[:, 1:]
+        if asked is None:
+            return targets[trained]
+        states = hidden[:, :-1][trained]
+        said = answer(asked, targets[trained], states, Head(self.head.t()), states[:, None])
+        return said | consult(self, micro, states, asked.given) if asked.module else said
 
     def trainable(self):
         return dict(self.named_parameters())
@@ -78,7 +90,11 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
 def engine_of(objective, accelerator, seed: int = 0) -> Engine:
     reference = TinyPolicy(seed + 1).requires_grad_(False)
     policy = TinyReward(seed) if "reward" in objective.quantities["policy"] else TinyPolicy(seed)
-    return Engine(policy, objective, lambda m: reference(m), OptimConfig(lr=1e-2, max_grad_norm=1e9), accelerator)
+    teacher = Teacher(objective, TinyPolicy(seed + 3), TinyPolicy(seed + 4)) if "teacher" in objective.quantities else None
+    optim = OptimConfig(lr=1e-2, max_grad_norm=1e9)
+    engine = Engine(policy, objective, lambda *asked: reference(*asked), optim, accelerator, teacher=teacher)
+    engine.beside |= {name: TinyPolicy(seed + 2).requires_grad_(False) for name in objective.averages()}
+    return engine
 
 
 def rows_for(objective, count: int) -> list[Row]:
@@ -90,7 +106,7 @@ def rows_for(objective, count: int) -> list[Row]:
         if objective.view == "groups":
             row.kind, row.scores = "group", [rng.random() for _ in row.tokens.branches]
             row.stored = {"previous": [[-3 * rng.random() for _ in range(b.trained)] for b in row.tokens.branches]}
-    return rows
+    return [row_with_extra(objective, row, rng, VOCABULARY) for row in rows]
 
 
 def source_of(objective, rows, budget, world=1, rank=0, batch=8) -> OfflineSource:

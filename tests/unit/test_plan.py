@@ -86,7 +86,7 @@ RUN = DryRun(weights=4000, parameters=1000, trainable=1000, activations=7000, wo
 
 
 def parts(run=RUN, **changes):
-    settings = dict(device="cpu", world=1, micros=1, frozen_copy=False, reloads=False, cache=0.0, runtime=100.0)
+    settings = dict(device="cpu", world=1, micros=1, frozen_copies=0, reloads=False, cache=0.0, runtime=100.0)
     return memory.memory(run, ModelConfig(name="x"), **{**settings, **changes})
 
 
@@ -98,7 +98,7 @@ def test_the_parts_of_a_process():
     assert found.moments["an update of the weights"] == 100 + 4000 + 8000 + 4000
     assert found.moments["a checkpoint"] == 100 + 4000 + 8000 + 8000
     assert parts(micros=2).moments["a backward pass"] == pytest.approx(found.moments["a backward pass"] + 4000 + 0.2 * 4000)
-    assert parts(frozen_copy=True).peak == found.peak + 4000
+    assert parts(frozen_copies=1).peak == found.peak + 4000
     assert parts(world=2).moments["a backward pass"] == found.moments["a backward pass"] + 4000
     assert parts(cache=50_000.0).worst == "an evaluation"
     assert parts(reloads=True).moments["an evaluation"] == found.moments["an evaluation"] + 4000

@@ -178,7 +178,7 @@ def test_an_encoder_is_no_reward_model(tmp_path):
 
 
 def test_rows_of_other_kinds_are_refused():
-    from prefopt.data.dataset import check_use
+    from prefopt.data.fits import check_use
 
     with pytest.raises(UserError, match="pairs"):
         check_use(example(prompt="a", completion="b", label=True), data_config(), BradleyTerry.view, BradleyTerry.columns)

@@ -51,7 +51,8 @@ SETTINGS = {
 }
 
 
-CASES = [(slug, setting) for slug in ("dpo", "kto") for setting in SETTINGS] + [("simpo", "trees"), ("sft", "trees")]
+CASES = [(slug, setting) for slug in ("dpo", "kto") for setting in SETTINGS]
+CASES += [("simpo", "trees"), ("sft", "trees"), ("tdpo", "trees"), ("tdpo", "lora")]
 
 
 @pytest.mark.parametrize(("slug", "setting"), CASES)
@@ -98,7 +99,7 @@ def test_flops_are_those_counted_by_hand(folder):
 
 
 def _engine(policy, slug):
-    return type("Parts", (), {"policy": policy, "objective": make_objective(load_yaml("algo", slug))})()
+    return type("Parts", (), {"policy": policy, "teacher": None, "objective": make_objective(load_yaml("algo", slug))})()
 
 
 def test_packed_trees_compute_what_they_hold(folder):

@@ -57,6 +57,9 @@ def test_a_row_is_pinned_so_that_two_machines_agree():
         "rejected": [{"role": "assistant", "content": PINNED[2]}],
         "chosen_reward": pytest.approx(world.true_reward(PINNED[0], PINNED[1])),
         "rejected_reward": pytest.approx(world.true_reward(PINNED[0], PINNED[2])),
+        "chosen_hallucinated": 0,
+        "rejected_hallucinated": 0,
+        "rationale": "It is bright and cheerful.",
     }
 
 

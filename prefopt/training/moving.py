@@ -1,0 +1,61 @@
+"""What changes between two optimiser steps: the policy goes on beyond a round, the reference and moving averages follow the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from prefopt.config.schema import TrainConfig
+from prefopt.objectives.base import Objective
+from prefopt.policies.arithmetic import Extrapolation
+from prefopt.policies.reference import AdapterOff, FrozenCopy, make_reference
+from prefopt.training.engine import Engine
+from prefopt.training.online import OnlineSource
+from prefopt.training.source import OfflineSource
+
+
+def moving_averages(objective: Objective, policy: nn.Module) -> dict[str, AdapterOff | FrozenCopy]:
+    """Copies of the policy that the objective asks for as moving averages, by scorer. Call it before the first step and before an engine
+    is made of the policy."""
+    return {name: make_reference(policy, "initial", moves=True, name=name) for name in objective.averages()}
+
+
+class Moving:
+    """Called before every optimiser step, at which it does what is due. Make it before the first step and before a checkpoint is loaded,
+    where the policy still stands where it starts; what it keeps goes into the checkpoints (`Engine.beside`).
+
+    In this order: at a new round the policy is extrapolated (`source.extrapolate`), which changes who writes the round; the reference
+    takes `reference.mix` of the policy over, as `reference.refresh` says; averages that the objective asks for follow after each step.
+    A checkpoint of step n holds what was there before this was called for step n, and a run that goes on from it begins with that call.
+    """
+
+    def __init__(self, engine: Engine, source: OfflineSource | OnlineSource, cfg: TrainConfig, averages: Mapping[str, Any]):
+        self.engine, self.source, self.cfg = engine, source, cfg.reference
+        engine.beside |= averages
+        if cfg.source.extrapolate:
+            engine.beside["extrapolation"] = Extrapolation(engine.policy.trainable(), cfg.source.extrapolate)
+
+    def __call__(self, step: int) -> None:
+        """Before optimiser step `step` (from 0), on every process."""
+        beside = self.engine.beside
+        if step == 0 or not beside:
+            return
+        if "extrapolation" in beside and self.source.begins(step):
+            beside["extrapolation"].jump()
+        if self._due(step):
+            beside["reference"].refresh(self.cfg.mix)
+        for name, mix in self.engine.objective.averages().items():
+            beside[name].refresh(mix)
+
+    def stands_still(self, total: int) -> str:
+        """What to say of a reference that was to move, where a run of so many steps is over before it does; empty if it does move."""
+        if self.cfg.refresh == "never" or any(self._due(step) for step in range(1, total)):
+            return ""
+        when = f"every {self.cfg.every} steps (reference.every)" if self.cfg.refresh == "steps" else f"at each {self.cfg.refresh}"
+        return f"reference: it is to move {when}, and the run is over after {total} steps, before it does"
+
+    def _due(self, step: int) -> bool:
+        refresh = self.cfg.refresh
+        return self.source.begins(step) if refresh in ("round", "stage") else refresh == "steps" and step % self.cfg.every == 0
