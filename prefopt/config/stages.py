@@ -101,7 +101,7 @@ def words(settings: dict[str, Any], prefix: str = "") -> list[str]:
     out = []
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        out += words(value, f"{name}.") if isinstance(value, dict) else [f"{'++' if '.' in name else ''}{name}={_value(value)}"]
+        out += words(value, f"{name}.") if isinstance(value, dict) and value else [f"{'++' if '.' in name else ''}{name}={_value(value)}"]
     return out
 
 

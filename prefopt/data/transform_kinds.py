@@ -218,7 +218,7 @@ def curriculum(rows: list[Example], job: Job, *, stages: int = 3, by: str = "pro
     """
     groups: dict[str, list[int]] = {}
     for i, e in enumerate(rows):
-        groups.setdefault(e.origin if by == "prompt" else "", []).append(i)
+        groups.setdefault(e.prompt_text if by == "prompt" else "", []).append(i)
     stage = {}
     for members in groups.values():
         members.sort(key=lambda i: -gap_of(rows[i], job))

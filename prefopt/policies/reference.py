@@ -78,13 +78,13 @@ class AdapterCopy(AdapterOff):
         """Moves it to the policy: `mix` times the policy's adapter plus (1 - mix) times its own, each matrix by itself."""
         from peft import get_peft_model_state_dict
 
-        now, own = get_peft_model_state_dict(self.policy.model, adapter_name="default"), self.state()
+        now, own = get_peft_model_state_dict(self.policy.model, adapter_name="default", save_embedding_layers=False), self.state()
         self.load({name: own[name].lerp(now[name].to(own[name].dtype), mix) for name in now})
 
     def state(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.policy.model, adapter_name=self.name)
+        return get_peft_model_state_dict(self.policy.model, adapter_name=self.name, save_embedding_layers=False)
 
     def load(self, state: dict[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,7 +30,12 @@ def started(cfg: ModelConfig, key: str = "model.start") -> ModelConfig:
         return replace(cfg, path=str(folder), revision=None, gguf_file=None, wheel=None)
     if not cfg.lora.enabled:
         raise UserError(f"{key}={cfg.start} holds a LoRA adapter, and model={cfg.name} has none to put it into; add adapter=lora")
-    base = started(replace(cfg, start=_start_of(folder)), key)
+    run = _settings_of(folder)
+    if run.get("path") and cfg.path and _place(run["path"]) != _place(cfg.path):
+        raise UserError(f"{key}={cfg.start} holds an adapter for {run['path']}, and model={cfg.name} is {cfg.path}; over other weights it "
+                        f"means nothing: give model={run.get('name', '...')}, or a run of this model")
+    start = run.get("start")
+    base = started(replace(cfg, start=start and REFERENCE.sub(lambda stage: stage_folder(folder.parent, stage[1]), start)), key)
     return replace(base, start=cfg.start, lora=replace(base.lora, adapter=str(folder)))
 
 
@@ -48,11 +54,14 @@ def policy_folder(path: str, key: str) -> Path:
     return folder
 
 
-def _start_of(folder: Path) -> str | None:
-    """What the run that saved this model had itself started from."""
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """The model settings of the run that saved this model; nothing where it is not known."""
     try:
-        config = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
-        start = config["model"].get("start")
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
-        return None  # a folder without its run: nothing is known of it
-    return start and REFERENCE.sub(lambda stage: stage_folder(folder.parent, stage[1]), start)
+        return dict(yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["model"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError):
+        return {}
+
+
+def _place(path: str) -> str:
+    """A local folder in full; anything else as it is."""
+    return str(given.resolve()) if (given := Path(path).expanduser()).exists() else path

@@ -84,7 +84,7 @@ class FollowupLikelihood:
 
     def tokens(self, example: Example) -> Tokens:
         """The dialogue, and a branch for each statement as the user's next turn, up to its last letter."""
-        said = [*example.prompt, *example.completions[0].messages]
+        said = [*(example.bare or example.prompt), *example.completions[0].messages]
         try:
             found = [self._sequence(said, statement) for statement in self.flat]
         except BadRow as reason:

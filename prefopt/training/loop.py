@@ -97,6 +97,7 @@ class Log:
         self.began = time.monotonic()
         self.status("running", step)
         self.speed.restart()
+        run.engine.accelerator.wait_for_everyone()  # what the main process has cut from the files is read by the others next
         return step
 
     def step(self, step: int, result: Any) -> None:

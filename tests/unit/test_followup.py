@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +14,7 @@ import yaml
 from prefopt.cli import main
 from prefopt.config.compose import typed
 from prefopt.config.schema import TrustConfig
+from prefopt.data.records import Message
 from prefopt.errors import UserError
 from prefopt.rewards.followup import FollowupLikelihood, scorer_config
 from prefopt.rewards.followups import STATEMENTS
@@ -102,6 +103,8 @@ def test_the_dialogue_is_a_shared_prefix_and_statements_are_its_branches(scorer)
         tokens = scorer.tokens(asked)
         assert len(tokens.branches) == 6 and all(b.trained >= 2 and b.mask[-1] for b in tokens.branches)
         assert min(b.mask.index(True) for b in tokens.branches) == 0 and len(tokens.prompt) > 10
+        goal = replace(asked, prompt=[Message("system", [{"type": "text", "text": "worth 9 of 10"}])] + asked.prompt, bare=asked.prompt)
+        assert scorer.tokens(goal) == tokens, "what a transform has added for the policy is not judged"
 
 
 def test_a_dialogue_without_room_loses_its_start_and_that_is_counted(tmp_path, capsys):

@@ -24,6 +24,7 @@ def test_hydra_reads_each_setting_as_it_was(value):
 def test_groups_are_chosen_and_keys_are_set():
     assert words({"algo": "sft", "optim": {"lr": 1e-5, "warmup": 0}, "algo.beta": 0.1}) == [
         "algo=sft", "++optim.lr=1e-05", "++optim.warmup=0", "++algo.beta=0.1"]  # fmt: skip
+    assert words({"data": {"transforms": {"swap": {}}}}) == ["++data.transforms.swap={}"], "it has no settings, and it is a transform"
     assert words({}) == [] and quote("it's") == "'it\\'s'"
 
 

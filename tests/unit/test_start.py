@@ -82,6 +82,15 @@ def test_an_adapter_lies_over_the_weights_that_its_own_run_has_started_from(base
     assert again.source["path"] == str(run / "stages" / "sft" / "model") and torch.allclose(scores(again), scores(over), atol=1e-6)
 
 
+def test_an_adapter_of_another_model_is_refused(base, tmp_path):
+    """Its matrices fit, so that nothing else would notice."""
+    run = saved(moved(policy(base, LORA)), tmp_path / "run", name="toy", path=str(base))
+    assert load(replace(model_config(base, LORA), start=str(run))).cfg.path == str(base)
+    other = save_model(tmp_path / "other")
+    with pytest.raises(UserError, match="holds an adapter for .*base.*, and model=toy is .*other; over other weights it means nothing"):
+        started(replace(model_config(other, LORA), start=str(run)))
+
+
 def test_a_table(tmp_path):
     table = Tabular(torch.device("cpu"))
     with torch.no_grad():

@@ -148,6 +148,8 @@ def test_a_curriculum_goes_from_wide_to_narrow_gaps():
     assert all(min(a) >= max(b) for a, b in pairwise(ends)) and {len(e) for e in ends} <= {22, 23}
     few = run([ranking([3, 1])], {"pairs": {}, "curriculum": {}}).examples
     assert [e.stage for e in few] == [0]
+    apart = run([ranking([3, 1], 7), ranking([9, 1], 7)], {"pairs": {}, "curriculum": {}}).examples
+    assert {gap(e): e.stage for e in apart} == {8: 0, 2: 1}, "pairs of one prompt, in two rows"
 
 
 def test_one_pair_and_one_stage_is_best_against_worst():
