@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -103,6 +104,7 @@ def make_accelerator(cfg: TrainConfig) -> Accelerator:
     cpu = cfg.hardware.device == "cpu" or not torch.cuda.is_available()
     if cpu:
         _keep_freed_memory()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, where it is installed, warns that it found no GPU
     return Accelerator(cpu=cpu)
 
 
