@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def export(run: Run, count: int, output: Path) -> dict[str, Any]:
             values = token_rewards(logp, start, beta)
             replies.append({
                 "row": number, "name": name, "prompt": example.prompt_text, "text": completion.text, "reward": float(values.sum()),
-                "logp": float(logp.sum()), "ids": ids, "tokens": [_text(run, x, i) for i in ids], "rewards": values.tolist(),
+                "logp": float(logp.sum()), "ids": ids, "tokens": texts(getattr(run.engine.policy, "tokenizer", None), x, ids), "rewards": values.tolist(),
             })
     made = {"run": str(run.folder), "algo": run.cfg.algo["name"], "beta": beta, "reference": reference.how, "replies": replies}
     write_atomic(output.with_name("token_rewards.json"), json.dumps(made, indent=2))
@@ -90,9 +91,13 @@ def _score(run: Run, rows: Sequence[Row], reference: Callable) -> list[list[tupl
     return out
 
 
-def _text(run: Run, prompt: list[int], token: int) -> str:
-    tokenizer = getattr(run.engine.policy, "tokenizer", None)
-    return f"{prompt[0]}:{token}" if tokenizer is None else tokenizer.decode([token], clean_up_tokenization_spaces=False)
+def texts(tokenizer: Any, prompt: list[int], ids: list[int]) -> list[str]:
+    """What each token adds to the text of its reply; a character of several tokens counts for the last of them. One token alone would
+    not show the blank before it where the tokenizer has none in its words."""
+    if tokenizer is None:  # a table of the bandit world
+        return [f"{prompt[0]}:{token}" for token in ids]
+    so_far = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False).rstrip("\ufffd") for n in range(len(ids) + 1)]
+    return [after.removeprefix(before) for before, after in pairwise(so_far)]
 
 
 def _colour(share: float) -> str:

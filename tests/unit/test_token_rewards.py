@@ -13,9 +13,11 @@ from prefopt.cli import main
 from prefopt.config.schema import EvalConfig
 from prefopt.data import bandit
 from prefopt.evaluation.commands import _load, _open_to_judge
-from prefopt.evaluation.token_rewards import export, token_rewards
+from prefopt.evaluation.token_rewards import export, texts, token_rewards
+from prefopt.policies.tiny_lm import build_tokenizer
 from prefopt.tracking.tracker import read_jsonl
 from tests.toy import policy, save_model
+from tests.toy import tokenizer as toy_tokenizer
 from tests.toy_runs import train
 
 BANDIT = ("model=bandit", "data=bandit", "data.limit=null", "data.eval_limit=60", "train.batch_size=30", "train.steps=20", "optim.lr=0.1",
@@ -105,6 +107,16 @@ def test_tokens_sum_to_the_reward_of_their_reply(text):
         assert sum(r["reward"] for r in mine) / 3 == pytest.approx(figures[f"reward/{name}"], abs=1e-5)
         assert sum(r["logp"] for r in mine) / 3 == pytest.approx(figures[f"logp/{name}"], abs=1e-4)
         assert figures[f"log_ratio/{name}"] == pytest.approx(figures[f"reward/{name}"] / 0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize(("tokenizer", "said"), [
+    (build_tokenizer(), "The brown dog waits at the castle. It is bright."), (toy_tokenizer(), "caf\u00e9 \u732b, twice  two"),
+], ids=["words", "bytes"])
+def test_tokens_are_shown_with_their_blanks_and_whole_characters(tokenizer, said):
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    made = texts(tokenizer, [0], ids)
+    assert "".join(made) == said and len(made) == len(ids) and "\ufffd" not in "".join(made)
+    assert texts(None, [3], [5]) == ["3:5"]
 
 
 def test_the_page_escapes_what_was_said(text):
