@@ -41,9 +41,9 @@ from prefopt.report.compare_stats import Estimate, compare_pairs, mean_interval,
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, WORK = ROOT / "docs", ROOT / "runs" / "zoo"
 
-# What every run shares, as keys of conf/train.yaml: the same rows seen, in the same number of steps.
+# What every run shares, as keys of conf/train.yaml: as many rows as the steps take, each seen once.
 COMMON: dict[str, Any] = {
-    "train.steps": 24, "train.batch_size": 16, "data.limit": 1024, "data.eval_limit": 128, "evaluation.prompts": 128,
+    "train.steps": 24, "train.batch_size": 16, "data.limit": 384, "data.eval_limit": 128, "evaluation.prompts": 128,
     "sampler.batch_size": 128, "train.self_check": False,
 }  # fmt: skip
 CONDITIONS: dict[str, dict[str, Any]] = {
