@@ -36,7 +36,9 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def gather_batches(batch: Batch, world: int) -> list[Batch]:
-    """Every rank's batch, in rank order. Only scores and index arrays travel: a few bytes per edge and token."""
+    """Every rank's batch, in rank order. All of its scores travel: a few bytes per edge and token, and what is more than a number for each
+    (`SHAPES` of objectives/base.py: hidden states) in full, which no objective with `coupling = "global"` reads.
+    """
     if world == 1:
         return [batch]
     device = batch.lengths.device

@@ -18,7 +18,7 @@ from prefopt.config.schema import SamplerConfig
 from prefopt.data.batch import MicroBatch, Row
 from prefopt.data.records import Completion, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.objectives.base import Batch, unit_weight
+from prefopt.objectives.base import Batch, Objective, unit_weight
 from prefopt.policies.reference import Provider, Reloaded
 from prefopt.report.calibration import calibration, compared
 from prefopt.report.estimators import by_prompt, distinct, interval, kendall, length_controlled, wins
@@ -37,6 +37,19 @@ SHARES = (
 )  # fmt: skip
 # Measures whose interval is written at every evaluation of a run; `prefopt eval` gives it for all of them.
 WITH_INTERVAL = ("accuracy", "ranking_accuracy", *REWARDS, "win_rate", "lc_win_rate", "kl")
+
+
+Table = dict[int, list[float]]  # row -> one number for each of its replies
+Unit = tuple[int, float, float]  # of a term: row, value, weight
+
+
+@dataclass
+class Reading:
+    """What is kept of scored rows: `tokens`, `policy` and `reference` (log-probs) and `rewards` of each reply; name -> (weight, units) of
+    the objective's terms."""
+
+    tables: dict[str, Table] = field(default_factory=dict)
+    units: dict[str, tuple[float, list[Unit]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +89,7 @@ class Judge:
     initial: Provider | None
     baseline: dict[int, dict[str, Any]] | None = None  # the initial policy's sample for each prompt
     reference_judged: bool = False
-    start_logp: dict[int, list[float]] | None = field(default=None, init=False)  # see `_start`
+    start_logp: Table | None = field(default=None, init=False)  # see `_start`
     drawn: list[tuple[list[int], list[int]]] = field(default_factory=list, init=False)  # (prompt, reply) ids of the last samples
     start_drawn: list[tuple[list[int], list[int]]] = field(default_factory=list, init=False)  # the initial policy's, see `_forward_kl`
 
@@ -117,21 +130,20 @@ class Judge:
     def _pairs(self) -> dict[str, np.ndarray]:
         """Loss in the objective's own view; what the scores say of every two completions of which one is preferred."""
         source, engine, out = self.held_out, self.engine, {}
-        whole, of = self._scored(source.view)
+        comparable, direct = any(row.kind in COMPARABLE for row in source.rows), source.view in ("pairs", "unary", "ranking")
+        found = self._scored(source.view, rewards=comparable and direct)
         if engine.objective.view == source.view:  # groups are sampled while training; stored rows hold none
-            out["loss"] = self._loss(whole, of)
-        if not any(row.kind in COMPARABLE for row in source.rows):
-            return out | self._single(whole, of)
-        if source.view not in ("pairs", "unary", "ranking"):
-            whole, of = self._scored("pairs")
-        scores = {"policy": (whole.scores["policy"].get("logp"), of), "rewards": (engine.objective.rewards(whole), of)}
-        tables = {name: _by_row(values, rows) for name, (values, rows) in scores.items() if values is not None}
-        if "policy" in tables and (start := self._start(whole, of, "pairs")):
+            out["loss"] = self._loss(found.units)
+        if not comparable:
+            return out | self._single(found.tables)
+        tables = (found if direct else self._scored("pairs", rewards=True)).tables
+        start = self._start(tables, "pairs") if "policy" in tables else None
+        tables = {name: table for name, table in tables.items() if name != "reference"}
+        if start:
             tables["start"] = start
             if not self.reference_judged:  # it does not change, so one row of metrics is enough
                 tables["reference"] = start
         self.reference_judged = True
-        tables["tokens"] = _by_row(whole.lengths, of)
         out |= self._preferences(tables)
         if engine.policy.quantity == "reward":  # its differences are logits of Bradley-Terry, so they can be right or wrong
             pairs, logits, labels = compared(source.rows, tables["rewards"])
@@ -139,24 +151,23 @@ class Judge:
             out |= {name: by_prompt(values, prompts) for name, values in calibration(logits, labels).items()}
         return out
 
-    def _start(self, whole: Batch, of: Sequence[int], view: str) -> dict[int, list[float]] | None:
+    def _start(self, tables: Mapping[str, Table], view: str) -> Table | None:
         """row -> log-prob of each reply under the reference, or where that moves or is not read under the initial policy; found once.
         None where neither is in memory."""
         engine = self.engine
         if self.start_logp is None:
             provider = self.initial or (None if engine.moving_reference else engine.reference)
-            if "reference" in whole.scores and not engine.moving_reference:
-                self.start_logp = _by_row(whole.logp("reference"), of)
+            if "reference" in tables and not engine.moving_reference:
+                self.start_logp = tables["reference"]
             elif provider is not None:
-                again, of_again = self._scored(view, provider)
-                self.start_logp = _by_row(again.logp(), of_again)
+                self.start_logp = self._scored(view, provider).tables["policy"]
         return self.start_logp
 
-    def _single(self, whole: Batch, of: Sequence[int]) -> dict[str, np.ndarray]:
+    def _single(self, tables: Mapping[str, Table]) -> dict[str, np.ndarray]:
         """Log-ratios of replies that are compared with no other: demonstrations and what is liked, and what is not."""
-        if "logp" not in whole.scores["policy"] or not (start := self._start(whole, of, self.held_out.view)):
+        if "policy" not in tables or not (start := self._start(tables, self.held_out.view)):
             return {}
-        logp, out = _by_row(whole.logp(), of), {}
+        logp, out = tables["policy"], {}
         for name, wanted in (("log_ratio/chosen", True), ("log_ratio/rejected", False)):
             found = [(r, i) for r in sorted(start) for i, liked in enumerate(self.held_out.rows[r].desirable or [True]) if liked == wanted]
             if found:
@@ -164,61 +175,71 @@ class Judge:
         return out
 
     @torch.no_grad()
-    def rewards_of_rows(self) -> dict[int, list[float]]:
+    def rewards_of_rows(self) -> Table:
         """The objective's reward of every reply of the held-out rows: row -> one number for each reply."""
         policy = self.engine.policy
         was_training = policy.training
         policy.eval()
         try:
-            whole, of = self._scored("pairs")
+            return self._scored("pairs", rewards=True).tables["rewards"]
         finally:
             policy.train(was_training)
-        return _by_row(self.engine.objective.rewards(whole), of)
 
-    def _scored(self, view: str, scorer: Provider | None = None) -> tuple[Batch, list[int]]:
-        """(all edges of all ranks with their scores, the row of each edge; -1: a filler). `scorer`: score under it, as `policy`."""
-        engine = self.engine
-        micros = [m.to(engine.accelerator.device) for m in self.held_out.everything(view)]
-        if scorer is None:
-            scored = [engine.score(m, engine.policy) for m in micros]
-        else:
-            scored = [replace(m.layout, scores={"policy": quantities(scorer(m), m.layout)}) for m in micros]
-        whole = join(gather_batches(join(scored), engine.world))
-        of = [row for m in micros for row in self._rows_of_edges(m, view)]
-        return whole, gather_object(of) if engine.world > 1 else of
+    def _scored(self, view: str, scorer: Provider | None = None, rewards: bool = False) -> Reading:
+        """What is read of the held-out rows of all ranks; with the objective's `rewards`, if asked for. `scorer`: score under it, as
+        `policy`.
+
+        A micro-batch is read as soon as it is scored, so that what is large (hidden states) is neither kept nor sent. An objective that
+        needs the scores of the whole batch gets those of all rows at once.
+        """
+        engine, parts, batches, rows = self.engine, [], [], []
+        coupled = scorer is None and engine.objective.coupling == "global"
+        for micro in self.held_out.everything(view):
+            micro = micro.to(engine.accelerator.device)
+            of = self._rows_of_edges(micro, view)
+            if scorer is not None:
+                batch = replace(micro.layout, scores={"policy": quantities(scorer(micro), micro.layout)})
+                parts.append(_read(batch, of))
+                continue
+            batch = engine.score(micro, engine.policy)
+            if coupled:
+                batches.append(batch)
+                rows += of
+            else:
+                parts.append(_read(batch, of, engine.objective, rewards, view))
+        if coupled:
+            whole = join(gather_batches(join(batches), engine.world))
+            parts = [_read(whole, gather_object(rows) if engine.world > 1 else rows, engine.objective, rewards, view)]
+        elif engine.world > 1:
+            parts = gather_object(parts)
+        found = Reading()
+        for part in parts:
+            for name, table in part.tables.items():
+                found.tables.setdefault(name, {}).update(table)
+            for name, (weight, units) in part.units.items():
+                found.units.setdefault(name, (weight, []))[1].extend(units)
+        return found
 
     def _rows_of_edges(self, micro: MicroBatch, view: str) -> list[int]:
         if not micro.rows:
             return [-1] * len(micro.layout.lengths)
         return [number for number in micro.rows for _ in self.held_out.rows[number].edges(view)]
 
-    def _loss(self, whole: Batch, of: Sequence[int]) -> np.ndarray:
+    def _loss(self, terms: Mapping[str, tuple[float, list[Unit]]]) -> np.ndarray:
         """[G] the objective's loss, split over prompts. What couples a batch (KTO's KL estimate) is held at its value."""
         total: np.ndarray | float = 0.0
-        row = torch.tensor(of)
-        for term in self.engine.objective(whole).terms:
-            units = term.batch or whole
-            if term.unit == "token":
-                view = units.demonstrations or units.pairs
-                edges = units.token_edge[units.tokens_of(view.chosen if view is units.pairs else view.edge)]
-            elif term.unit == "prompt":
-                edges = units.ranking.edge[units.ranking.best]
-            else:
-                edges = units.pairs.chosen if term.unit == "pair" else units.unary.edge
-            weights = unit_weight(whole, term).double().cpu().numpy()
-            if weights.sum() == 0:
+        for weight, units in terms.values():
+            if not any(share for _, _, share in units):
                 continue
-            rows = row[edges.cpu()].tolist()
             # Sorted, so that prompts come in the same order for every term and however the rows were split.
-            order = sorted(range(len(rows)), key=rows.__getitem__)
-            prompts = [self._prompt(rows[i]) for i in order]
-            total = total + term.weight * by_prompt(term.values.double().cpu().numpy()[order], prompts, weights[order])
+            rows, values, weights = zip(*sorted(units, key=lambda unit: unit[0]), strict=True)
+            total = total + weight * by_prompt(np.array(values), [self._prompt(row) for row in rows], np.array(weights))
         return np.atleast_1d(total)
 
     def _prompt(self, row: int) -> tuple[int, ...]:
         return tuple(self.held_out.rows[row].tokens.prompt)
 
-    def _preferences(self, tables: Mapping[str, Mapping[int, list[float]]]) -> dict[str, np.ndarray]:
+    def _preferences(self, tables: Mapping[str, Table]) -> dict[str, np.ndarray]:
         """Measures of completions of which one is preferred; a soft label below one half prefers the second, one half prefers none."""
         pairs: list[tuple[int, int, int]] = []  # (row, preferred completion, other completion)
         taus: dict[str, list[float]] = {}
@@ -337,9 +358,37 @@ def preferred(row: Row) -> list[tuple[int, int]]:
     return [] if row.label == 0.5 else [(0, last) if row.label > 0.5 else (last, 0)]
 
 
-def _by_row(values: torch.Tensor, of: Sequence[int]) -> dict[int, list[float]]:
+def _read(batch: Batch, of: Sequence[int], objective: Objective | None = None, rewards: bool = False, view: str = "") -> Reading:
+    """What is read of a scored batch, whose edges belong to the rows `of` (-1: a filler). Without an objective: log-probs alone."""
+    out = Reading({"tokens": _by_row(batch.lengths, of)})
+    if "logp" in batch.scores["policy"]:
+        out.tables["policy"] = _by_row(batch.logp(), of)
+    if objective is None:
+        return out
+    if "logp" in batch.scores.get("reference", {}):
+        out.tables["reference"] = _by_row(batch.logp("reference"), of)
+    if rewards:
+        out.tables["rewards"] = _by_row(objective.rewards(batch), of)
+    if objective.view != view:
+        return out
+    row = torch.tensor(of, dtype=torch.long)
+    for term in objective(batch).terms:
+        units = term.batch or batch
+        if term.unit == "token":
+            view_of = units.demonstrations or units.pairs
+            edges = units.token_edge[units.tokens_of(view_of.chosen if view_of is units.pairs else view_of.edge)]
+        elif term.unit == "prompt":
+            edges = units.ranking.edge[units.ranking.best]
+        else:
+            edges = units.pairs.chosen if term.unit == "pair" else units.unary.edge
+        columns = row[edges.cpu()].tolist(), term.values.double().tolist(), unit_weight(batch, term).double().tolist()
+        out.units[term.name] = term.weight, list(zip(*columns, strict=True))
+    return out
+
+
+def _by_row(values: torch.Tensor, of: Sequence[int]) -> Table:
     """row -> the values of its edges, in order (mismatched replies come after the row's own)."""
-    out: dict[int, list[float]] = {}
+    out: Table = {}
     for row, value in zip(of, values.double().tolist(), strict=True):
         if row >= 0:
             out.setdefault(row, []).append(value)

@@ -18,6 +18,7 @@ from prefopt.objectives.base import reduce_terms, total_weights
 from prefopt.objectives.pairwise import DPO
 from prefopt.policies.tabular import Tabular
 from prefopt.rewards.true_reward import make_rewards
+from prefopt.training.coupling import join
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge, answer, preferred
 from prefopt.training.source import OfflineSource
@@ -83,6 +84,17 @@ def test_loss_and_accuracies_are_those_of_every_row_taken_alone(slug):
             assert row["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
         assert len(prompts) < 12 and {len(v) for v in found.pairs.values()} == {len(prompts)}, "one value per prompt"
         assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
+
+
+@pytest.mark.parametrize("slug", ["dpo", "tpo_tree", "kto"])
+def test_only_what_a_coupled_loss_needs_is_joined(slug, monkeypatch):
+    """Of others each micro-batch is read by itself: hidden states of all rows at once would be many gigabytes."""
+    joined = []
+    monkeypatch.setattr("prefopt.training.judge.join", lambda batches: joined.append(1) or join(batches))
+    objective = objective_named(slug)
+    with fresh_accelerator() as accelerator:
+        judge_of(engine_of(objective, accelerator), rows_for(objective, 8), 20).measure(0)
+    assert bool(joined) == (objective.coupling == "global") == (slug == "kto")
 
 
 def test_the_reference_is_judged_once_and_a_label_of_one_half_prefers_nobody():
