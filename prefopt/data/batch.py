@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.errors import RunFailed
+from prefopt.errors import RunFailed, UserError
 from prefopt.objectives.base import Batch, Demonstrations, Groups, Pairs, Rankings, Unary
 
 
@@ -141,13 +141,27 @@ class MicroBatch:
                           self.prompt.to(device), extra, stored)
 
 
-def derangement(count: int, seed: int) -> list[int]:
-    """A seeded permutation without fixed points (one cycle), so that no row is its own mismatch. `count` >= 2."""
-    order = list(range(count))
-    random.Random(f"derangement {seed}").shuffle(order)
-    out = [0] * count
-    for here, there in zip(order, order[1:] + order[:1], strict=True):
-        out[here] = there
+def derangement(prompts: Sequence[Hashable], seed: int) -> list[int]:
+    """For each row, given by its prompt, the number of another one with another prompt, seeded.
+
+    Rows stand prompt by prompt, and each is sent on by as many places as the most frequent prompt has rows: a permutation, unless that
+    prompt has more than half of the rows, which then share the others.
+    Raises `UserError` where all have one prompt.
+    """
+    of: dict[Hashable, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        of.setdefault(prompt, []).append(row)
+    groups = list(of.values())
+    if len(groups) < 2:
+        raise UserError("this algorithm estimates a KL divergence from each prompt with the reply to another one, and all rows that it is "
+                        "given have one prompt; add rows with other prompts, or use algo=bco")
+    random.Random(f"derangement {seed}").shuffle(groups)
+    order, most = [row for group in groups for row in group], max(map(len, groups))
+    out, end = [0] * len(order), 0
+    for group in groups:
+        end += len(group)
+        for place, row in enumerate(group):
+            out[row] = order[(end + (place + most - len(group)) % (len(order) - len(group))) % len(order)]
     return out
 
 

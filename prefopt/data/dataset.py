@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,8 +55,11 @@ def make_dataset(
         cut_tokens += tokens.cut_prompt + sum(tokens.cut_completions)
         out.examples.append(example)
         out.rows.append(row)
-    if mismatched and len(out.rows) >= 2:
-        _add_mismatched(out, split, cfg, tokenise, seed)
+    prompts = [repr([m.plain() for m in e.prompt]) for e in out.examples] if mismatched else []
+    if len(set(prompts)) > 1 or (len(prompts) > 1 and split.name == "train"):  # held-out rows of one prompt are judged without
+        _add_mismatched(out, derangement(prompts, seed), tokenise)
+    if any(c.logp is not None for e in out.examples for c in e.completions):
+        _add_writer(out)
     replies = sum(len(r.tokens.branches) for r in out.rows)
     out.stats = {
         "rows": len(out.rows), "rejected": len(split.rejected), "no_preference": split.no_preference.total(), "completions": replies,
@@ -72,10 +76,19 @@ def make_dataset(
 
 
 def _row(example: Example, tokens: Tokens) -> Row:
+    if any(tokens.cut_completions) and any(c.logp is not None for c in example.completions):
+        raise BadRow("a reply is cut (data.max_completion_tokens), and its log-prob under the policy that wrote it speaks of all of it")
     kind = "ranking_all" if example.kind == "ranking" and len(example.completions) > 2 else example.kind
     desirable = [c.desirable for c in example.completions]
     return Row(tokens, kind, example.label, example.weight, example.margin, [c.score for c in example.completions],
                desirable if None not in desirable else None, stage=example.stage)
+
+
+def _add_writer(data: Dataset) -> None:
+    """Stores what the policy that wrote the replies gave them; not a number for those of which the data does not say it."""
+    for row, example in zip(data.rows, data.examples, strict=True):
+        known = [math.nan if c.logp is None else c.logp for c in example.completions]
+        row.stored["writer"] = known + [math.nan] * (len(row.everything()) - len(known))
 
 
 def _about_extra(rows: list[Row]) -> dict[str, Any]:
@@ -112,9 +125,8 @@ def reduce_ranking(example: Example, pairs: str) -> Example:
     return replace(example, completions=[example.completions[0], example.completions[-1]])
 
 
-def _add_mismatched(data: Dataset, split: Split, cfg: DataConfig, tokenise: Callable[[Example], Tokens], seed: int) -> None:
-    """Gives every row the replies of another row, fixed by a seeded derangement, rendered under its own prompt."""
-    other = derangement(len(data.rows), seed)
+def _add_mismatched(data: Dataset, other: Sequence[int], tokenise: Callable[[Example], Tokens]) -> None:
+    """Gives every row i the replies of row other[i], which has another prompt, rendered under its own."""
     for i, example in enumerate(data.examples):
         foreign = data.examples[other[i]]
         swapped = Example(example.prompt, foreign.completions, "unary", chat=example.chat, origin=example.origin)

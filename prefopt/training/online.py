@@ -140,7 +140,7 @@ class OnlineSource:
         for i in range(0, len(samples), self.cfg.samples):
             rows += [self._row(group, rng) for group in self._groups(samples[i : i + self.cfg.samples], rng)]
         if self.engine.objective.mismatched:
-            other = derangement(len(rows), number)
+            other = derangement([tuple(row.tokens.prompt) for row in rows], number)
             for i, row in enumerate(rows):
                 row.mismatched = rows[other[i]].tokens.branches
         return rows

@@ -59,12 +59,47 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 @pytest.mark.parametrize("count", [2, 3, 5, 64, 301])
 def test_derangement_has_no_fixed_point(count):
     for seed in range(5):
-        out = derangement(count, seed)
+        out = derangement(range(count), seed)
         assert sorted(out) == list(range(count))
         assert all(i != j for i, j in enumerate(out))
     if count > 4:
-        assert derangement(count, 0) != derangement(count, 1)
-    assert derangement(count, 3) == derangement(count, 3)
+        assert derangement(range(count), 0) != derangement(range(count), 1)
+    assert derangement(range(count), 3) == derangement(range(count), 3)
+
+
+@pytest.mark.parametrize("prompts", ["aabb", "abcabcab", "aaabbc", "aaaab", "abbbbbcc", "aaaabbbcc"])
+def test_no_row_is_sent_to_a_row_of_its_own_prompt(prompts):
+    for seed in range(20):
+        out = derangement(prompts, seed)
+        assert all(prompts[i] != prompts[j] for i, j in enumerate(out)) and out == derangement(prompts, seed)
+        most = max(map(prompts.count, prompts))
+        used = sorted(map(out.count, range(len(prompts))))
+        if 2 * most <= len(prompts):
+            assert sorted(out) == list(range(len(prompts)))
+        else:  # one prompt has more than half of the rows: they share the others evenly
+            rare = [out.count(i) for i, p in enumerate(prompts) if prompts.count(p) < most]
+            assert max(rare) - min(rare) <= 2 and used[-1] >= most // (len(prompts) - most)
+    assert len({tuple(derangement(prompts, seed)) for seed in range(20)}) > 1 or len(set(prompts)) == 2
+
+
+def test_one_prompt_alone_has_no_mismatched_reply():
+    with pytest.raises(UserError, match=r"all rows that it is given have one prompt; add rows with other prompts"):
+        derangement("aaa", 0)
+    examples = [pair("How are you?", word, f"not {word}") for word in ("well", "ill")]
+    with pytest.raises(UserError, match="have one prompt"):
+        dataset(examples, "unary", mismatched=True)
+    held_out = make_dataset(Split("eval", examples), data_config(), tokeniser("bytes"), "unary", ("weight",), True, 0)
+    assert [row.mismatched for row in held_out.rows] == [None, None], "what is only judged goes without"
+
+
+def test_mismatched_replies_answer_another_prompt_where_prompts_have_several_rows():
+    words = ("well", "ill", "fine", "Paris", "Lima", "fox")
+    examples = [pair(f"Question {i // 3}?", word, f"no {word}") for i, word in enumerate(words)]
+    data = dataset(examples, "unary", mismatched=True)
+    assert [tuple(row.tokens.prompt) for row in data.rows][0] == tuple(data.rows[2].tokens.prompt)
+    own = [{str(b.ids) for row in data.rows[k : k + 3] for b in row.tokens.branches} for k in (0, 3)]
+    for i, made in enumerate(data.rows):
+        assert {str(b.ids) for b in made.mismatched} <= own[1 - i // 3]
 
 
 # ---- split over ranks and micro-batches ----
@@ -256,7 +291,7 @@ def test_trap_17_a_label_of_one_half_counts_equally_in_both_directions():
 def test_mismatched_replies_come_from_another_row_under_this_prompt_and_carry_no_gradient():
     examples = [pair(f"How are you {word}?", f"I am {word}.", f"{word} {word}") for word in ("well", "Paris", "Lima", "fox")]
     data = dataset(examples, "unary", mismatched=True)
-    other = derangement(4, 0)
+    other = derangement(range(4), 0)
     for i, made in enumerate(data.rows):
         assert [b.ids for b in made.mismatched] == [b.ids for b in data.rows[other[i]].tokens.branches]
     micro = build(data.rows, [0, 1], "unary", 0)
