@@ -74,11 +74,11 @@ def dispatch(argv: list[str]) -> Any:
 
         merge(rest)
     elif command == "list":
-        from prefopt.config.catalogue import list_command
+        from prefopt.config.listing import list_command
 
         print(list_command(rest))
     elif command == "show":
-        from prefopt.config.catalogue import show_text
+        from prefopt.config.listing import show_text
 
         if len(rest) != 1:
             raise UserError("prefopt show takes one name: prefopt show dpo")

@@ -27,7 +27,7 @@ STANDARD: dict[str, tuple[str, tuple[str, ...]]] = {
     "reward rises": ("test_bandit_optima", ()),
 }
 COLUMNS = (*STANDARD, "optimum", "TRL", "own tests")
-PARITY = "test_trl_parity"
+PARITY = ("test_trl_parity.py", "test_trl_trainers.py")
 OPTIMUM = ("optimum", "reaches_the_", "reaches_its_", "finds_the_")  # in the names of tests that compare with an optimum in closed form
 CONTRAST = ("cdpo",)  # trained in such a test to show that it goes elsewhere
 
@@ -42,7 +42,8 @@ def checks(name: str) -> dict[str, str]:
     own = own_tests(name)
     found = {heading: "yes" if name in parameters(*where) else "" for heading, where in STANDARD.items()}
     found["optimum"] = "yes" if name not in CONTRAST and any(word in test for _, test in own for word in OPTIMUM) else ""
-    found["TRL"] = "yes" if name in _methods() and catalogue.algo_info(name).name in imported(TESTS / "objectives" / f"{PARITY}.py") else ""
+    beside = {cls for file in PARITY for cls in imported(TESTS / "objectives" / file)}
+    found["TRL"] = "yes" if name in _methods() and catalogue.algo_info(name).name in beside else ""
     found["own tests"] = ", ".join(sorted({file.stem.removeprefix("test_") for file, _ in own}))
     return found
 
@@ -86,7 +87,7 @@ def own_tests(name: str) -> list[tuple[Path, str]]:
     """(file, test) of the tests that name it: in tests/objectives beside the standard ones, or elsewhere if there is none there."""
     wanted = {name, _class(name)} - {""}
     near = [file for file in _files() if file.parent.name == "objectives"]
-    standard = {f"{module}.py" for module, tests in STANDARD.values() if module != "test_bandit_optima"} | {f"{PARITY}.py"}
+    standard = {f"{module}.py" for module, tests in STANDARD.values() if module != "test_bandit_optima"} | set(PARITY)
     for files in ([f for f in near if f.name not in standard], [f for f in _files() if f not in near]):
         if found := [(file, test) for file in files for test, words in _words(file) if words & wanted]:
             return found

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from doc_checks import COLUMNS, checks  # noqa: E402
 
-from prefopt.config import catalogue  # noqa: E402
+from prefopt.config import catalogue, listing  # noqa: E402
 from prefopt.config.catalogue import ObjectiveInfo, algo_info  # noqa: E402
 from prefopt.config.docstring import doc_parts  # noqa: E402
 
@@ -98,7 +98,7 @@ def section(slug: str) -> list[str]:
     lines += ["", *(f"- {SAID[name]}: {_literal(text)}" for name, text in labelled.items())] if labelled else []
     lines += ["", "Loss of one unit, term by term:", "", "```text"]
     lines += [f"{term} = {text}" for term, text in info.formula.items()]
-    lines += ["```", "", f"with {_literal(catalogue.symbols_text(info))}."]
+    lines += ["```", "", f"with {_literal(listing.symbols_text(info))}."]
     lines += ["", *(f"- Special case: {_limit(*limit)}." for limit in info.limits)] if info.limits else []
     start = loss_at_start(info, settings)
     if start is not None:
@@ -108,7 +108,7 @@ def section(slug: str) -> list[str]:
     lines += ["| Key | Default | Meaning |", "|---|---|---|"] if keys else ["None: it has no hyper-parameters."]
     lines += [f"| `algo.{key}` | `{line.value}` | {_literal(line.comment)} |" for key, line in keys]
     lines += ["", "Must hold: " + ", ".join(f"`{rule}`" for rule in info.require) + "."] if info.require else []
-    lines += ["", "Needs:", "", *(f"- {_literal(line)}" for line in catalogue.needs_lines(info))]
+    lines += ["", "Needs:", "", *(f"- {_literal(line)}" for line in listing.needs_lines(info))]
     recipes = [f"`prefopt train +experiment={name}`" for name in catalogue.experiments(slug)]
     lines += ["", f"A paper's recipe: {', '.join(recipes)}."] if recipes else []
     return [*lines, "", f"Class: `{info.target}`. Run: `prefopt train algo={slug} model=tiny-lm`.", ""]
@@ -124,7 +124,7 @@ def others() -> list[tuple[str, str]]:
 def other_section(group: str, name: str) -> list[str]:
     said = " ".join(catalogue.header(group, name))
     linked = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", _literal(said))
-    return [f"## {name}", "", linked, "", "```text", *catalogue.show_text(f"{group}={name}").splitlines()[1:], "```", ""]
+    return [f"## {name}", "", linked, "", "```text", *listing.show_text(f"{group}={name}").splitlines()[1:], "```", ""]
 
 
 def check_table() -> list[str]:
@@ -139,7 +139,7 @@ def check_table() -> list[str]:
 
 
 def _limit(pinned: dict[str, Any], then: str) -> str:
-    return catalogue.limit_text({f"`{key}`": f"`{value}`" for key, value in pinned.items()}, f"`{then}`")
+    return listing.limit_text({f"`{key}`": f"`{value}`" for key, value in pinned.items()}, f"`{then}`")
 
 
 def page() -> str:

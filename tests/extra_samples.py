@@ -23,7 +23,7 @@ def with_extra_edges(objective: Objective, layout: Batch, rng: random.Random) ->
     pairs, count, made = layout.pairs, len(layout.lengths), []
     for sides in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True):
         for how in map(EXTRA.__getitem__, objective.extra):
-            made.append(int(layout.lengths[sides[how.repeats]]) if how.aligned else rng.randint(1, 6))
+            made.append(int(layout.lengths[sides[how.aligned]]) if how.aligned is not None else rng.randint(1, 6))
     edges = (count + torch.arange(len(made))).view(len(pairs.chosen), len(objective.extra))
     lengths = torch.cat([layout.lengths, torch.tensor(made, dtype=torch.long)])
     tokens = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -51,8 +51,8 @@ def random_extra(objective: Objective, rng: random.Random, nw: int, nl: int) -> 
     hows = [EXTRA[name] for name in objective.extra]
     if not hows:
         return {}
-    if all(how.aligned for how in hows):
-        return {"X": [[(-rng.uniform(0.05, 3), -rng.uniform(0.05, 3)) for _ in range((nw, nl)[how.repeats])] for how in hows]}
+    if all(how.aligned is not None for how in hows):
+        return {"X": [[(-rng.uniform(0.05, 3), -rng.uniform(0.05, 3)) for _ in range((nw, nl)[how.aligned])] for how in hows]}
     lengths = [rng.randint(1, 5) for _ in hows]
     return {"XS": [(-n * rng.uniform(0.05, 3), -n * rng.uniform(0.05, 3), n) for n in lengths]}
 
@@ -94,7 +94,7 @@ def row_with_extra(objective: Objective, row: Row, rng: random.Random, words: in
     for pair in row.pairs() if objective.extra else ():
         for how in map(EXTRA.__getitem__, objective.extra):
             prompts = [[rng.randrange(4, words) for _ in range(rng.randint(1, 9))], row.tokens.prompt, made[-1].prompt if made else []]
-            own = row.tokens.branches[pair[how.repeats]] if how.aligned else _reply(rng, words)
+            own = row.tokens.branches[pair[how.aligned]] if how.aligned is not None else _reply(rng, words)
             made.append(Tokens(rng.choice([p for p in prompts if p]), [own]))
     return replace(row, extra=made) if objective.extra else row
 

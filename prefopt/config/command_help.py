@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefopt.config import catalogue
+from prefopt.config import catalogue, listing
 from prefopt.config.completion import primary_groups
 from prefopt.config.schema import COMMANDS, ReferenceConfig, config_of
 
@@ -89,6 +89,6 @@ def help_text(command: str) -> str:
         *(HEADERS.get(command) or catalogue.header(".", config)), "",
         f"usage: prefopt {command.replace('_', ' ')} [options] [GROUP=NAME ...] [KEY=VALUE ...]",
         "", "groups (with the default choice; prefopt show NAME lists the keys that a choice brings, such as algo.beta)",
-        *catalogue.table(rows, "  "), "", "keys", *catalogue.keys_text(keys, "  "), "",
+        *listing.table(rows, "  "), "", "keys", *listing.keys_text(keys, "  "), "",
         "options (Hydra's; in any order with the overrides)" + (SWEEP if command == "train" else "") + HYDRA_OPTIONS, "", EXAMPLES[command],
     ])

@@ -180,6 +180,9 @@ def _check_extra(cfg: Any, info: ObjectiveInfo) -> None:
     if info.view != "pairs" or "label" not in info.columns:
         raise UserError(f"{info.name}: extra sequences ({', '.join(info.extra)}) are made for a pair as its row has it, so what reads "
                         "them, and all parts of a mixture, must read pairs and handle soft labels (`label` among the columns of its class)")
+    if "policy" not in info.extra_scorers and info.compares_states:
+        raise UserError(f"{info.name}: the policy does not score the extra sequences ({', '.join(info.extra)}), and what it is compared "
+                        "with (a divergence, or hidden states) does; put `policy` among the `extra_scorers` of its class")
     if cfg.model.kind == "tabular":
         raise UserError(f"{info.name} also scores replies under other prompts ({', '.join(info.extra)}), and model={cfg.model.name} is a "
                         "table over the prompts of its data alone; use model=tiny-lm data=tiny-feedback")

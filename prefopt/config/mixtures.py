@@ -1,5 +1,8 @@
 """Objectives made of several (`prefopt.objectives.mixture`): what their parts are, and what they need together. Imports no torch."""
 
+# What a mixture declares is said twice, here of descriptions and there of objects (`united`, `filled`, names): objectives import torch
+# and nothing of prefopt, and composition imports no torch, so there is no module that both could import. A test compares the two.
+
 from __future__ import annotations
 
 import math

@@ -66,6 +66,11 @@ class ObjectiveInfo:
         return compared or bool({"states", "layers"} & set(self.quantities.get("reference", ())))
 
     @property
+    def compares_states(self) -> bool:
+        """Whether the policy is compared with states that another scorer hands over, place by place (`Objective.states_of`)."""
+        return "divergence" in self.quantities.get("policy", ()) or any({"states", "layers"} & set(q) for q in self.quantities.values())
+
+    @property
     def scores_rewards(self) -> bool:
         """Whether it trains a reward model, which has no log-probs and writes nothing."""
         return "reward" in self.quantities.get("policy", ())

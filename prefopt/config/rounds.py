@@ -36,6 +36,10 @@ def check_refresh(cfg: Any) -> None:
     """Refuses a moving reference that could not move."""
     refresh, offline = cfg.reference.refresh, cfg.source.kind == "offline"
     if refresh == "never":
+        for key, usual in (("mix", 1.0), ("every", 512)):
+            if (value := getattr(cfg.reference, key)) != usual:
+                raise UserError(f"reference.{key}={value} says how the reference moves, and with reference.refresh=never it stays where it "
+                                "is; let it move (reference.refresh=steps, or reference=ema, sync, round, stage), or leave it out")
         return
     if cfg.reference.policy == "base":
         raise UserError(f"reference.refresh={refresh} moves the reference to the policy; set reference.policy=initial")

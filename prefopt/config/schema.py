@@ -61,6 +61,8 @@ class ColumnsConfig:
     rationale: Optional[str] = "rationale"
     chosen_score: Optional[str] = "chosen_score"
     rejected_score: Optional[str] = "rejected_score"
+    chosen_logp: Optional[str] = None
+    rejected_logp: Optional[str] = None
 
 
 @dataclass

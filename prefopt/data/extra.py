@@ -26,14 +26,13 @@ COMPARE = "{question}\n\nThe answer above:\n{chosen}\n\nThe answer below:\n{reje
 class Extra:
     """How a sequence is made: `make(pair)` gives its prompt and its reply.
 
-    repeats: the side of the pair (0 chosen, 1 rejected) whose reply is scored anew under another prompt, if it is one.
-    aligned: the trained tokens must be those of that reply, because the objective compares them token by token.
+    aligned: the side of the pair (0 chosen, 1 rejected) whose trained tokens it must have, because the objective compares them token by
+             token; None: it may have any.
     once:    the row holds the text, so it must make one pair only.
     """
 
     make: Callable[[Example], tuple[list[Message], list[Message]]]
-    repeats: int | None = None
-    aligned: bool = False
+    aligned: int | None = None
     once: bool = False
 
 
@@ -59,8 +58,8 @@ def sequences(
                 made = tokenise(Example(prompt, [Completion(reply)], "extra", chat=example.chat, origin=example.origin))
             except BadRow as reason:
                 raise BadRow(f"the extra sequence {name}: {reason}") from reason
-            if how.aligned and _trained(made.branches[0]) != _trained(own.branches[places[how.repeats]]):
-                raise BadRow(f"the extra sequence {name} has other tokens than the {SIDES[how.repeats]} reply, to which it is compared "
+            if how.aligned is not None and _trained(made.branches[0]) != _trained(own.branches[places[how.aligned]]):
+                raise BadRow(f"the extra sequence {name} has other tokens than the {SIDES[how.aligned]} reply, to which it is compared "
                              "token by token: the reply is cut there, or tokenised otherwise after another prompt; lower "
                              "data.max_completion_tokens, or set data.render=chat")
             out.append(made)
@@ -105,9 +104,9 @@ def _degraded(side: int, level: int, pair: Example) -> tuple[list[Message], list
 
 EXTRA: dict[str, Extra] = {
     # SRPO: reply b as the revision of reply a
-    **{f"{SIDES[b]}_from_{SIDES[a]}": Extra(partial(_rewritten, a, b, REVISE), b) for a in (0, 1) for b in (0, 1)},
+    **{f"{SIDES[b]}_from_{SIDES[a]}": Extra(partial(_rewritten, a, b, REVISE)) for a in (0, 1) for b in (0, 1)},
     # T-REG: a reply as the revision of itself, for the better and for the worse
-    **{f"{SIDES[y]}_if_{way}": Extra(partial(_rewritten, y, y, request), y, aligned=True)
+    **{f"{SIDES[y]}_if_{way}": Extra(partial(_rewritten, y, y, request), aligned=y)
        for y in (0, 1) for way, request in (("better", BETTER), ("worse", WORSE))},
     # preference learning with rationales
     "rationale": Extra(_rationale, once=True),

@@ -61,6 +61,9 @@ def check_use(example: Example, cfg: DataConfig, view: str, columns: tuple[str, 
     if view not in VIEW_OF_KIND[example.kind]:
         raise UserError(f"{example.origin}: this is a {example.kind} row, and the objective needs {WANTED[view]}. Choose other data, or an "
                         f"algorithm for {example.kind} data, such as {INSTEAD[example.kind]} (prefopt list algo).")
+    if "logp" not in columns and any(c.logp is not None for c in example.completions):
+        raise UserError(f"{example.origin}: the data has log-probs of the policy that wrote the replies, which this objective does not "
+                        "use. Set data.columns.chosen_logp=null data.columns.rejected_logp=null to leave them out, or choose algo=is_daa.")
     if example.margin and "margin" not in columns:
         raise UserError(f"{example.origin}: the data has a margin, which this objective does not use. "
                         "Set data.columns.margin=null to leave it out, or choose algo=dpo or algo=simpo.")

@@ -7,8 +7,9 @@ Shapes, told apart by the columns a row has (names can be mapped in `data.column
   prompt + completion + label      thumbs-up or thumbs-down
   prompt + completion, or messages a demonstration
   prompt                           a prompt for sampling
-Optional per-row columns: weight, margin; chosen_score and rejected_score of a pair, which data transforms read; rationale of a pair or a
-ranking: a text that says why the best completion is better.
+Optional per-row columns: weight, margin; chosen_score and rejected_score of a pair, which data transforms read; chosen_logp and
+rejected_logp, the log-probs (nats, token sums) of a pair's replies under the policy that wrote them; rationale of a pair or a ranking: a
+text that says why the best completion is better.
 A completion may be a list of texts: the steps of its reasoning, each of which begins a line.
 A row that fits none raises `BadRow` with the reason.
 """
@@ -51,6 +52,7 @@ class Completion:
     messages: list[Message]
     score: float | None = None
     desirable: bool | None = None
+    logp: float | None = None  # under the policy that wrote it, if the data says so
     stepwise: bool = False  # the parts of its messages are steps of reasoning, and the objective asks for them
 
     @property
@@ -140,7 +142,10 @@ def _pair(value: dict[str, Any]) -> Example:
         raise BadRow("chosen and rejected are the same text")
     label = _number(value.get("label", 1.0), "label", low=0.0, high=1.0)
     scores = [_number(value[key], key) if key in value else None for key in ("chosen_score", "rejected_score")]
-    completions = [Completion(*side) for side in zip(sides, scores, strict=True)]
+    logps = [_number(value[key], key, high=0.0) if key in value else None for key in ("chosen_logp", "rejected_logp")]
+    if (logps[0] is None) != (logps[1] is None):
+        raise BadRow("it has the log-prob of one reply and not of the other; give both (data.columns.chosen_logp, rejected_logp), or none")
+    completions = [Completion(side, score, logp=logp) for side, score, logp in zip(sides, scores, logps, strict=True)]
     return Example(prompt, completions, kind="pair", label=label, chat=chat)
 
 

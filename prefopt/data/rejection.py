@@ -29,11 +29,11 @@ def rejection_sample(scores: Sequence[float], keep: int, beta: float, rng: rando
         raise ValueError(f"rejection sampling needs finite scores, keep >= 1 and beta >= 0, not keep={keep} and beta={beta}")
     pool, kept = list(range(len(scores))), []
     while pool and len(kept) < keep:
-        best = max(scores[i] for i in pool)
-        rng.shuffle(pool)  # callers hold their replies sorted, and the first ones must have no advantage
-        left = []
-        for i in pool:
-            taken = len(kept) < keep and rng.random() < acceptance(scores[i], best, beta)
-            (kept if taken else left).append(i)
-        pool = left
+        best, left = max(scores[i] for i in pool), []
+        while pool and len(kept) < keep:
+            place = int(rng.random() * len(pool))  # callers hold their replies sorted, and the first ones must have no advantage
+            pool[place], pool[-1] = pool[-1], pool[place]
+            i = pool.pop()
+            (kept if rng.random() < acceptance(scores[i], best, beta) else left).append(i)
+        pool += left
     return kept

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from filelock import FileLock
+
 from prefopt.config.schema import DataConfig
 from prefopt.data import tiny_feedback
 from prefopt.data.records import Example, Message
@@ -34,10 +36,13 @@ class Tools:
 
     reward: path of a reward model -> (examples -> the reward of each one's first completion), with an attribute `source` that tells it
     apart from others. similarity: name of a text encoder -> (pairs of texts -> the cosine similarity of each), with the same attribute.
+    vectors: the same name -> (texts -> a tensor of a vector for each), with the same attribute.
+    Neither loads its model before it is asked.
     """
 
     reward: Callable[[str], Callable[[Sequence[Example]], list[float]]] | None = None
     similarity: Callable[[str], Callable[[Sequence[tuple[str, str]]], list[float]]] | None = None
+    vectors: Callable[[str], Callable[[Sequence[str]], Any]] | None = None
 
 
 @dataclass
@@ -180,6 +185,27 @@ def _within(value: float, bounds: Range) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
+@kind("pair")
+def agree(
+    rows: list[Example], job: Job, *, chosen: str = "fine_grain_score_chosen", rejected: str = "fine_grain_score_rejected"
+) -> list[Example]:
+    """Only pairs whose chosen reply is rated as high as the other one or higher in the columns `chosen` and `rejected`, which hold a number
+    or a list of them, such as UltraFeedback's four ratings, of which the mean counts (RA-DPO, 2410.08067). Put it before `reward_augment`.
+    """
+    out = []
+    for e in rows:
+        ratings = [e.meta.get(column) for column in (chosen, rejected)]
+        ratings = [r if isinstance(r, list) else [r] for r in ratings]
+        if not all(r and all(isinstance(x, (int, float)) and math.isfinite(x) for x in r) for r in ratings):
+            raise job.refuse(e, f"needs ratings, numbers or lists of them, in the columns {chosen} and {rejected}, and finds "
+                                f"{e.meta.get(chosen)!r} and {e.meta.get(rejected)!r}; name the columns: data.transforms.{job.name}."
+                                "chosen=...")
+        means = [sum(r) / len(r) for r in ratings]
+        job.counts["left out, for their ratings disagree"] += means[0] < means[1]
+        out += [e] if means[0] >= means[1] else []
+    return out
+
+
 @kind("pair", rules=("part in ('easy', 'hard')", "(threshold is None) != (share is None)", "threshold is None or threshold >= 0",
                      "share is None or 0 < share < 1"))
 def gap_split(rows: list[Example], job: Job, *, part: str, threshold: float | None = None, share: float | None = None) -> list[Example]:
@@ -311,14 +337,51 @@ def similarity_weight(rows: list[Example], job: Job, *, alpha: float = 1.0, enco
     if encoder:
         try:
             similarity = job.tools.similarity(encoder)
+            said = cached("similarity", getattr(similarity, "source", encoder), texts,
+                          lambda: {"cosines": similarity(texts), "cut": getattr(similarity, "cut", 0)})
         except UserError as error:
             raise UserError(f"data.transforms.{job.name}.encoder={encoder}: {error}") from error
-        cosines = cached("similarity", getattr(similarity, "source", encoder), texts, lambda: similarity(texts))
-        job.counts["texts cut to the encoder's context"] += getattr(similarity, "cut", 0)
+        cosines = said["cosines"]
+        job.counts["texts cut to the encoder's context"] += said["cut"]
     else:
         cosines = [cosine(a, b) for a, b in texts]
+    # A rounded cosine must not make a text differ from itself.
+    cosines = [1.0 if a == b else c for (a, b), c in zip(texts, cosines, strict=True)]
     weights = [math.exp(-alpha * (1 - c)) for c in cosines]
     job.counts["weights below a half"] += sum(w < 0.5 for w in weights)
+    return [replace(e, weight=e.weight * w) for e, w in zip(rows, weights, strict=True)]
+
+
+@kind("unary", rules=("sample >= 1", "None not in clip and 0 < clip[0] <= clip[1]"),
+      needs_model=lambda settings: bool(settings.get("encoder")))
+def density_ratio(
+    rows: list[Example], job: Job, *, encoder: str | None = None, sample: int = 1024, clip: Range = (0.5, 10.0)
+) -> list[Example]:
+    """Multiplies an undesirable row's weight by p(x | desirable) / p(x | undesirable) of its prompt x, within `clip` (BCO, 2404.04656), so
+    that both kinds of rows speak of the same prompts: by logistic regression, fitted to `sample` rows of each kind, on the words of prompts
+    or on their vectors under the transformers text encoder (folder or hub id) `encoder`.
+    """
+    from prefopt.data.density_ratio import bags_of_words, clipped_ratio, log_density_ratios  # torch, which listing kinds does without
+
+    desirable = [bool(e.completions[0].desirable) for e in rows]
+    kinds = [[i for i, good in enumerate(desirable) if good is which] for which in (True, False)]
+    if not all(kinds):
+        raise job.refuse(rows[0], f"compares the prompts of desirable and of undesirable rows, and all {len(rows)} rows are "
+                                  f"{'desirable' if kinds[0] else 'undesirable'}; leave it out: transforms=none")
+    fitted = [i for members in kinds for i in sorted(job.rng.sample(members, min(sample, len(members))))]
+    texts = [e.prompt_text for e in rows]
+    if encoder:
+        try:
+            vectors = job.tools.vectors(encoder)
+            ratios = cached("density_ratio", getattr(vectors, "source", encoder), [texts, desirable, fitted],
+                            lambda: log_density_ratios(vectors(texts), desirable, fitted))
+        except UserError as error:
+            raise UserError(f"data.transforms.{job.name}.encoder={encoder}: {error}") from error
+    else:
+        ratios = log_density_ratios(bags_of_words(texts), desirable, fitted)
+    weights = [1.0 if good else clipped_ratio(r, *clip) for good, r in zip(desirable, ratios, strict=True)]
+    job.counts["undesirable rows that weigh less"] += sum(w < 1 for w in weights)
+    job.counts["undesirable rows that weigh more"] += sum(w > 1 for w in weights)
     return [replace(e, weight=e.weight * w) for e, w in zip(rows, weights, strict=True)]
 
 
@@ -388,16 +451,19 @@ def _said(role: str, text: str) -> Message:
 # ---- what a model said, once --------------------------------------------------------------------------
 
 
-def cached(what: str, source: Any, texts: Sequence[Any], compute: Callable[[], list]) -> list:
-    """`compute()`, a JSON list with an entry per text, kept on disk under a hash of who is asked and of all texts."""
+def cached(what: str, source: Any, texts: Sequence[Any], compute: Callable[[], Any]) -> Any:
+    """`compute()`, plain data that says something of each text, kept on disk under a hash of who is asked and of all texts.
+
+    Of several processes that want it at once, one computes and the others wait for its file: a collective would wait a few minutes only.
+    """
     about = {key: value for key, value in source.items() if key != "path"} if isinstance(source, dict) else source
     digest = hashlib.sha256(json.dumps([about, texts], sort_keys=True, default=str).encode()).hexdigest()
     path = store_dir() / what / f"{digest}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    found = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(found), encoding="utf-8")
-    part.replace(path)
-    return found
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file():
+                part = path.with_name(f".{path.name}.{os.getpid()}.part")
+                part.write_text(json.dumps(compute()), encoding="utf-8")
+                part.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))

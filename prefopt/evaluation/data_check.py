@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prefopt.config.catalogue import table
+from prefopt.config.listing import table
 from prefopt.config.mixtures import described
 from prefopt.config.schema import DataCheckConfig
 from prefopt.data.dataset import Dataset, make_dataset
@@ -61,7 +61,7 @@ def check_text(cfg: DataCheckConfig) -> str:
     """The report. Broken rows are listed even where a run would stop at the first. Raises `UserError` where no run could start."""
     info = described(cfg.algo, cfg.trust.packages)
     if cfg.source.kind != "offline":  # replies will be sampled: the rows only have to have prompts
-        info = replace(info, view="groups", columns=("weight", "label", "margin"))
+        info = replace(info, view="groups", columns=("weight", "label", "margin", "logp"))
     data = replace(cfg.data, on_bad_row="skip")
     tokeniser, show = _tokeniser(cfg, data)
     parts: list[tuple[Split, Dataset, Measured]] = []
@@ -120,6 +120,8 @@ def _split_lines(split: Split, made: Dataset, measured: Measured, view: str, tok
     about += [("kinds", ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))]
     if unused := sorted({key for e in split.examples for key in e.meta}):
         about.append(("columns not used", ", ".join(unused)))
+    if written := sum(any(c.logp is not None for c in e.completions) for e in split.examples):
+        about.append(("log-probs of the writer", f"{written} of {len(split.examples)} rows"))
     about += [("no preference", f"{count}: {reason}") for reason, count in split.no_preference.most_common()]
     about += [
         ("truncated", f"{made.stats['truncated_prompts']} prompts, {made.stats['truncated_completions']} completions, "

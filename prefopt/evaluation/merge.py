@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prefopt.errors import UserError, nearest
-from prefopt.policies.arithmetic import combine, combine_adapters
+from prefopt.policies.arithmetic import combine, combine_adapters, lora_matrix
 from prefopt.training.checkpoint import naming
 
 ADAPTER = "adapter_config.json"
@@ -119,6 +119,10 @@ def _merge_adapters(models: Sequence[Path], coefficients: Sequence[float], targe
             raise UserError(f"{model} is an adapter of {about.get('base_model_name_or_path')}, and {models[0]} of "
                             f"{abouts[0].get('base_model_name_or_path')}; merge adapters of one base model")
     states = [load_file(model / "adapter_model.safetensors") for model in models]
+    whole = [name for name in states[0] if not lora_matrix(name)]
+    if whole and not math.isclose(math.fsum(coefficients), 1, abs_tol=1e-9):
+        raise UserError(f"{models[0]} holds {whole[0]}, which was trained whole beside its LoRA matrices (modules_to_save), and the "
+                        f"weights add up to {math.fsum(coefficients):g}; with such layers they must add up to 1, or these would be scaled")
     merged = combine_adapters(states, [_scale(about) for about in abouts], coefficients)
     rank = sum(about["r"] for about, c in zip(abouts, coefficients, strict=True) if c != 0)
     with naming(target / "adapter_model.safetensors"):

@@ -53,7 +53,8 @@ def export(run: Run, count: int, output: Path) -> dict[str, Any]:
             values = token_rewards(logp, start, beta)
             replies.append({
                 "row": number, "name": name, "prompt": example.prompt_text, "text": completion.text, "reward": float(values.sum()),
-                "logp": float(logp.sum()), "ids": ids, "tokens": texts(getattr(run.engine.policy, "tokenizer", None), x, ids), "rewards": values.tolist(),
+                "logp": float(logp.sum()), "ids": ids, "tokens": texts(getattr(run.engine.policy, "tokenizer", None), x, ids),
+                "rewards": values.tolist(),
             })
     made = {"run": str(run.folder), "algo": run.cfg.algo["name"], "beta": beta, "reference": reference.how, "replies": replies}
     write_atomic(output.with_name("token_rewards.json"), json.dumps(made, indent=2))

@@ -41,13 +41,7 @@ class JobLauncher(Launcher):
         for number, (overrides, cfg, first) in enumerate(jobs):
             board.set(number, "running")
             print(f"job {number + 1}/{len(jobs)}: {' '.join(overrides) or 'no overrides'}", file=sys.stderr)
-            for stage in first:
-                state, message = run_job(stage.cfg, stage.words)
-                if state != "finished":
-                    message = f"stage {stage.name}: {message}"
-                    break
-            else:
-                state, message = run_job(cfg, overrides)
+            state, message = run_job(cfg, overrides, first)
             board.set(number, state, message)
             if state == "stopped":
                 break
@@ -113,13 +107,27 @@ def hide_secrets(file: Path) -> None:
         write_atomic(file, clean)
 
 
-def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
-    """(state, message) of one job: finished, failed or stopped. Its output goes to log.txt in its folder."""
+def run_job(cfg: TrainConfig, overrides: list[str], first: Sequence[Stage] = ()) -> tuple[str, str]:
+    """(state, message) of one job: finished, failed or stopped. As in `prefopt train`, its folder is claimed before the stages that come
+    first are run: nothing is trained for a run that is there already, or cannot follow.
+    """
     try:
         if claim(cfg, cfg.algo["name"]) == "finished":
             return "finished", "had finished before"
     except UserError as error:
         return "failed", str(error)
+    try:
+        for stage in first:
+            state, message = run_job(stage.cfg, stage.words)
+            if state != "finished":
+                return state, f"stage {stage.name}: {message}"
+        return run_apart(cfg, overrides)
+    finally:
+        release(Path(cfg.run_dir))
+
+
+def run_apart(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
+    """(state, message) of a claimed run in processes of its own, whose output goes to log.txt in its folder."""
     folder = Path(cfg.run_dir)
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, ["train", *overrides]), stdout=log, stderr=log,
@@ -128,7 +136,6 @@ def run_job(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
             code = process.wait()
     hide_secrets(folder / "log.txt")
     status = read_status(folder)
-    release(folder)
     if stop:
         return "stopped", "stopped by a signal; the same command continues it"
     if code == 0:

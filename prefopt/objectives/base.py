@@ -223,7 +223,9 @@ class Objective:
     coupling: ClassVar[str] = "local"  # "global": the loss needs the scores of the whole global batch at once
     # What the policy's quantity `divergence` is: (kind, scorer); kinds: policies/divergence.py. Gradients reach the policy alone.
     divergence_from: ClassVar[tuple[str, str]] = ("forward", "reference")
-    columns: ClassVar[tuple[str, ...]] = ("weight",)  # optional data columns this objective makes use of
+    # Optional data columns this objective makes use of: weight, label, margin; logp: `scores["writer"]["logp"]` where rows have it, not a
+    # number for the rows that do not.
+    columns: ClassVar[tuple[str, ...]] = ("weight",)
     proper_likelihood: ClassVar[bool] = False  # needs log-probs of a normalised distribution (refused on diffusion)
     mismatched: ClassVar[bool] = False  # also scores each prompt with another row's reply
     extra: ClassVar[tuple[str, ...]] = ()  # further sequences of each pair, under prompts of their own: names of data/extra.py

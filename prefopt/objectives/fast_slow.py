@@ -20,10 +20,12 @@ class FastSlowDPO(Objective):
     The paper's regulariser keeps a moving gap between two LoRA modules of different speed, so that gradients do not die out as DPO's do.
     Its exact form, and how its modules change roles, we could not check: the square, the margin and the slow module as a moving
     average of the fast one (share eta after each step) are our reading. The chase pushes on where the lead is below the margin and
-    holds back where it is above. With a soft label q both terms are q times themselves plus 1-q times those of the swapped pair.
+    holds back where it is above. At eta 1 the slow copy is the policy of one step before; at alpha 0 this is DPO. With a soft label q both
+    terms are q times themselves plus 1-q times those of the swapped pair.
     Rewards: beta (log pi - log ref). Ranges: the loss starts at ln 2 + alpha margin^2; the log's `lead` is p(h_F) - p(h_S), in (-1, 1).
     When: preferences come in a stream of domains; the runs of several domains are combined with prefopt merge (COFS-DPO).
-    Limits: once both probabilities are near 1 the lead cannot reach the margin, and the chase ends.
+    Limits: once both probabilities are near 1 the lead cannot reach the margin, and the chase ends. The weights of a merge are yours to
+    give; the paper's choice of them on a memory of past data is not built.
     """
 
     beta: float = 0.1

@@ -29,7 +29,8 @@ class Mixture(Objective):
 
     L = sum over parts of weight_i L_i; each part keeps its terms, its means and its denominators
     `parts` lists {algo: NAME, weight: w, and settings of that algo}. Where the rows are pairs, a part on single replies takes the chosen
-    ones as good and the rejected ones as bad, and one on demonstrations takes the chosen ones.
+    ones as good and the rejected ones as bad, and one on demonstrations takes the chosen ones; where a pair has the soft label p, that
+    holds with the weight p, and the other way round with 1 - p.
     MPO is 0.8 DPO + 0.2 BCO + SFT. Its BCO is a sum over both replies of a pair, so twice our mean, which is why our weight is 0.4; its
     shift is a moving average of rewards, ours (logged as bco_delta) the midpoint of the step; TRL has none in `bco_pair`. Its SFT is a
     mean per reply; ours one over all tokens, as TRL has it. Rewards: those of the first part. Ranges: the loss starts at the weighted sum
@@ -107,7 +108,8 @@ def united(parts: Sequence[Objective]) -> dict[str, Any]:
 def read_as(batch: Batch, view: str, rows: str) -> Batch:
     """The batch as an objective with this `view` reads it, where its rows were laid out as `rows`.
 
-    A pair with the soft label p is two good and two bad replies, of weights p and 1 - p. ValueError where there is no such reading.
+    A pair with the soft label p is two good and two bad replies, of weights p and 1 - p, or two demonstrations: the first reply with the
+    weight p, the second with 1 - p. ValueError where there is no such reading.
     """
     if view == rows:
         return batch
@@ -118,7 +120,9 @@ def read_as(batch: Batch, view: str, rows: str) -> Batch:
         unary = Unary(edge, torch.cat([good, ~good, ~good, good]), torch.cat([sure, sure, other, other]), edge[:0])
         return replace(batch, pairs=None, unary=unary)
     if (rows, view) == ("pairs", "demonstrations"):
-        return replace(batch, pairs=None, demonstrations=Demonstrations(batch.pairs.chosen, batch.pairs.weight))
+        pairs = batch.pairs
+        edge, weight = torch.cat([pairs.chosen, pairs.rejected]), torch.cat([pairs.weight * pairs.label, pairs.weight * (1 - pairs.label)])
+        return replace(batch, pairs=None, demonstrations=Demonstrations(edge, weight))
     if (rows, view) == ("unary", "demonstrations"):
         unary = batch.unary
         return replace(batch, unary=None, demonstrations=Demonstrations(unary.edge, unary.weight * unary.desirable))

@@ -67,9 +67,10 @@ class BCO(Objective):
     L = -log sigmoid(r - delta) if desirable, else -log sigmoid(delta - r), mean over completions
     On the two replies of a pair the sum of both is never below DPO's loss. delta is taken over the global batch, as the paper's
     expectations are; TRL's BCO trainer keeps a mean over all steps so far, and its `bco_pair` loss has no delta. The paper's density
-    ratio between prompts of bad and of good replies is a weight column of the data. Rewards: r. Ranges: loss starts at ln 2.
-    When: thumbs-up and thumbs-down of different prompts, no pairs. Limits: with small batches delta is noisy; in a batch of one class
-    it is that class's mean.
+    ratio between prompts of good and of bad replies (TRL's prompt_sample_size, min_ and max_density_ratio, embedding_func) is the data
+    transform transforms=density_ratio, which writes row weights; they count in delta too, and divide by their sum.
+    Rewards: r. Ranges: loss starts at ln 2. When: thumbs-up and thumbs-down of different prompts, no pairs. Limits: with small batches
+    delta is noisy; in a batch of one class it is that class's mean.
     """
 
     beta: float = 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +19,43 @@ class SimPO(Objective):
 
     L = -log sigmoid(beta (avg(yw) - avg(yl)) - gamma), mean over pairs; avg = log-prob per response token, end of turn included
     `gamma` is the paper's symbol: the official code's gamma_beta_ratio is gamma / beta. A data margin is added to gamma.
-    Label smoothing e (official code): (1-e) on this term, e on its mirror image. Rewards: beta avg(y), always negative.
-    Ranges: loss is log(1 + e^gamma) where both replies are as likely per token. When: no memory for a reference, and length should not
-    decide. Limits: the likelihood of both replies may fall freely; nothing ties the policy to where it started.
+    Options of the official code: label smoothing e, (1-e) on this term and e on its mirror image; `link=hinge`, max(0, 1 - logit) in place
+    of -log sigmoid(logit); its sft_weight is a part beside it: algo=mpo "algo.parts=[{algo: simpo}, {algo: sft, weight: SFT_WEIGHT}]".
+    Rewards: beta avg(y), always negative. Ranges: loss is log(1 + e^gamma) where both replies are as likely per token, 1 + gamma with the
+    hinge. When: no memory for a reference, and length should not decide. Limits: the likelihood of both replies may fall freely; nothing
+    ties the policy to where it started.
     """
 
     beta: float = 2.0
     gamma: float = 1.0
     label_smoothing: float = 0.0
+    link: Literal["logistic", "hinge"] = "logistic"
 
     quantities: ClassVar = {"policy": ("logp",)}
     columns: ClassVar = ("weight", "label", "margin")
     paper: ClassVar = "2405.14734"
-    require: ClassVar = ("beta > 0", "gamma >= 0", "0 <= label_smoothing < 0.5")
+    require: ClassVar = ("beta > 0", "gamma >= 0", "0 <= label_smoothing < 0.5", "link in ('logistic', 'hinge')")
     formula: ClassVar = {
-        "preference": "-(p*(1-label_smoothing) + (1-p)*label_smoothing) * log(sigmoid(beta*(w/nw - l/nl) - gamma - m))"
-        " - (p*label_smoothing + (1-p)*(1-label_smoothing)) * log(sigmoid(gamma + m - beta*(w/nw - l/nl)))"
+        "preference": "(p*(1-label_smoothing) + (1-p)*label_smoothing) * (max(0, 1 + gamma + m - beta*(w/nw - l/nl)) if link == 'hinge'"
+        " else log(1 + exp(gamma + m - beta*(w/nw - l/nl)))) + (p*label_smoothing + (1-p)*(1-label_smoothing))"
+        " * (max(0, 1 - gamma - m + beta*(w/nw - l/nl)) if link == 'hinge' else log(1 + exp(beta*(w/nw - l/nl) - gamma - m)))"
     }
-    golden: ClassVar = (({"w": -1.0, "l": -1.2, "nw": 1, "nl": 1, "beta": 2.0, "gamma": 1.0}, 1.037488),)
-    limits: ClassVar = (({"nw": 1, "nl": 1, "gamma": 0, "label_smoothing": 0, "p": 1, "m": 0}, "log(1 + exp(-beta*(w-l)))"),)
+    golden: ClassVar = (
+        ({"w": -1.0, "l": -1.2, "nw": 1, "nl": 1, "beta": 2.0, "gamma": 1.0, "link": "logistic"}, 1.037488),
+        ({"w": -1.0, "l": -1.2, "nw": 1, "nl": 1, "beta": 2.0, "gamma": 1.0, "link": "hinge"}, 1.6),
+        ({"w": -2.0, "l": -6.0, "nw": 2, "nl": 2, "beta": 2.0, "gamma": 1.0, "link": "hinge"}, 0.0),
+    )
+    limits: ClassVar = (
+        ({"nw": 1, "nl": 1, "gamma": 0, "label_smoothing": 0, "p": 1, "m": 0, "link": "logistic"}, "log(1 + exp(-beta*(w-l)))"),
+        ({"nw": 1, "nl": 1, "gamma": 0, "label_smoothing": 0, "p": 1, "m": 0, "link": "hinge"}, "max(0, 1 - beta*(w-l))"),
+    )
 
     def __call__(self, batch: Batch) -> Terms:
         pairs, avg = batch.pairs, batch.avg_logp()
         logit = self.beta * (avg[pairs.chosen] - avg[pairs.rejected]) - self.gamma - pairs.margin
         label = pairs.label * (1 - self.label_smoothing) + (1 - pairs.label) * self.label_smoothing
+        if self.link == "hinge":
+            return Terms([Term("preference", label * F.relu(1 - logit) + (1 - label) * F.relu(1 + logit), "pair")])
         return Terms([Term("preference", logistic(logit, label), "pair")])
 
     def rewards(self, batch: Batch) -> Tensor:

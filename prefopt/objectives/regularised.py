@@ -182,7 +182,8 @@ class ConstrainedPO(Objective):
     the reference's geometric mean per token, and 1/P the reply's perplexity. The released code has other margins, on averages per token
     (`length_normalize=true`): `softplus`, beta softplus(tau (gamma - d))/tau, d = log ref(yw) - log ref(yl), which moves the target from
     d to about max(d, gamma); and `inverse_logp`, log-probs in place of P, a negative margin. Rewards: beta (log pi - log ref).
-    Ranges: `misranked` is the share of pairs with log pi(yw) < log pi(yl), `undesirable` the share of those past DPO's target d already.
+    Ranges: every run on pairs logs `misranked`, the share with log pi(yw) < log pi(yl), and where it has a reference `undesirable`, the
+    share of pairs that are misranked though past DPO's target d.
     When: many pairs start misranked by the reference. Limits: gamma is on the scale of perplexities, which differ from model to model.
     """
 
@@ -225,10 +226,7 @@ class ConstrainedPO(Objective):
             if self.margin == "inverse_logp":
                 inverse = -(-average).clamp(min=1 / self.max_inverse).reciprocal()
             margin = self.gamma * (inverse[pairs.chosen] + inverse[pairs.rejected])
-        held = d.detach()
-        shares = {"misranked": held < 0, "undesirable": (target < held) & (held < 0)}
-        values = -F.logsigmoid(self.beta * (d - target) - margin)
-        return Terms([Term("preference", values, "pair")], {name: share.to(d.dtype) for name, share in shares.items()})
+        return Terms([Term("preference", -F.logsigmoid(self.beta * (d - target) - margin), "pair")])
 
     def rewards(self, batch: Batch) -> Tensor:
         ratio = batch.log_ratio().detach()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from prefopt.objectives.base import Batch, Objective, Term, Terms
 from prefopt.objectives.pairwise import logistic
 
@@ -13,19 +16,21 @@ from prefopt.objectives.pairwise import logistic
 class ISDAA(Objective):
     """IS-DAA: DPO or IPO with each pair weighted by how likely it still is under the policy that is trained (arXiv 2506.08681).
 
-    W = sg[exp(min(r(yw) + r(yl), 2 eps))], r(y) = log pi(y) - log mu(y), token sums; mu, the policy that wrote the data, is the reference
+    W = sg[exp(min(r(yw) + r(yl), 2 eps))], r(y) = log pi(y) - log mu(y), token sums; mu: the policy that wrote the data
     L = W (-log sigmoid(beta h)) with base=dpo, W (h - 1/(2 beta))^2 with base=ipo, mean over pairs; sg: no gradient
+    mu's log-probs are columns of the data (data.columns.chosen_logp, rejected_logp); the reference's are taken for rows without them.
     The mean divides by the number of pairs, not by the sum of W. The paper has both; its released script trains the IPO one. A soft
-    label p mixes both orders as in DPO and IPO. Rewards: beta (log pi - log ref). Ranges: `importance_weight` is 1 at the start and
-    at most e^(2 eps), 7.4 at eps 1; the loss starts at that of its base. When: small beta and long training, where the policy leaves the
-    data behind. Limits: W falls towards 0 wherever both likelihoods fall, and such a pair no longer teaches; sums make W noisy.
+    label p mixes both orders as in DPO and IPO. Rewards: beta (log pi - log ref). Ranges: `importance_weight` is at most e^(2 eps), 7.4
+    at eps 1; where mu is the reference it starts at 1, and the loss at that of its base. When: small beta and long training, where the
+    policy leaves the data behind. Limits: W falls towards 0 wherever both likelihoods fall, and such a pair no longer teaches; sums make
+    W noisy.
     """
 
     base: Literal["dpo", "ipo"] = "dpo"
     beta: float = 0.05
     eps: float = 1.0
 
-    columns: ClassVar = ("weight", "label")
+    columns: ClassVar = ("weight", "label", "logp")
     paper: ClassVar = "2506.08681"
     require: ClassVar = ("beta > 0", "eps >= 0", "base in ('dpo', 'ipo')")
     formula: ClassVar = {
@@ -45,13 +50,21 @@ class ISDAA(Objective):
     def __call__(self, batch: Batch) -> Terms:
         pairs, ratio = batch.pairs, batch.log_ratio()
         chosen, rejected = ratio[pairs.chosen], ratio[pairs.rejected]
-        h, weight = chosen - rejected, (chosen + rejected).detach().clamp(max=2 * self.eps).exp()
+        h, moved = chosen - rejected, self._moved(batch)
+        weight = (moved[pairs.chosen] + moved[pairs.rejected]).clamp(max=2 * self.eps).exp()
         if self.base == "dpo":
             values = logistic(self.beta * h, pairs.label)
         else:
             target = 1 / (2 * self.beta)
             values = pairs.label * (h - target) ** 2 + (1 - pairs.label) * (h + target) ** 2
         return Terms([Term("preference", weight * values, "pair")], {"importance_weight": weight})
+
+    def _moved(self, batch: Batch) -> Tensor:
+        """[E] log pi - log mu, without gradient."""
+        mu = batch.logp("reference")
+        if "writer" in batch.scores:
+            mu = torch.where(batch.logp("writer").isnan(), mu, batch.logp("writer"))
+        return (batch.logp() - mu).detach()
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,48 +60,54 @@ class TDPO(Objective):
 class AlignDistil(Objective):
     """AlignDistil: RLHF as distillation, token by token, from what lies beyond a DPO model (arXiv 2503.02832).
 
-    d_t = sum |p - p'| in [0, 2], w_t = beta2 d_t + 0.001; p, p': next-token distributions of a frozen DPO model and of one trained on
-    swapped pairs, z, z' their logits
-    L = mean over the tokens of yw of (beta / w_t) KL(pi || softmax(z + w_t (z - z'))), all words, nats, mean over pairs
-    Only pi gets a gradient; rejected replies are not read. Without `reward_len_norm` the tokens' sum. `theorem1` is the paper's plain
-    form, a constant strength: beta2 KL(pi || softmax(w z + (1-w) z')), w = beta / beta2, with the SFT model in the place of z'.
-    teacher.path is the DPO model, teacher.reverse the other one (the official code calls it ref_model). Rewards: log pi.
-    Ranges: at or above 0, and 0 at the teacher; beta / w_t is up to 1000 beta where both models agree; `extrapolation` is the mean w_t.
+    d_t = sum |p - p'| in [0, 2], w_t = beta2 d_t + 0.001; p, p': next-token distributions of a frozen DPO model (teacher.path) and of one
+    trained on swapped pairs (teacher.reverse; the code's ref_model), z, z' their logits
+    L = mean over the tokens of yw of (beta / w_t) KL(pi || softmax((z + w_t (z - z')) / temperature)), all words, nats, mean over pairs
+    Only pi gets a gradient; rejected replies are not read. Without `reward_len_norm` the tokens' sum. Other forms of the code, v = beta /
+    beta2: `theorem1_contrast` has v in the place of w_t, and beta2 KL; `theorem1` that with the logits v z + (1-v) z' of an SFT model z';
+    `theorem1_adaptive` w_t z + (1-w_t) z' and beta / w_t. On-policy training, on a sample of pi in the place of yw, is not built.
+    Rewards: log pi. Ranges: at or above 0, and 0 at the teacher; beta / w_t is up to 1000 beta where both models agree; `extrapolation` is
+    the mean of what multiplies z - z'.
     When: two DPO runs are at hand, or worth their while: the rewards of DPO shall count token by token.
     Limits: two more models run along, which must share the policy's vocabulary and not cap their logits; it is as good as they are.
     """
 
     beta: float = 0.1
     beta2: float = 10.0
+    form: Literal["aligndistil", "theorem1", "theorem1_contrast", "theorem1_adaptive"] = "aligndistil"
+    temperature: float = 1.0
     reward_len_norm: bool = True
-    theorem1: bool = False
 
     quantities: ClassVar = {"policy": ("logp", "divergence"), "teacher": ("distance",)}
     divergence_from: ClassVar = ("reverse", "teacher")
     first_step: ClassVar = "astray"  # it follows the teacher, whatever pairs say
     paper: ClassVar = "2503.02832"
-    require: ClassVar = ("beta > 0", "beta2 > 0")
+    require: ClassVar = ("beta > 0", "beta2 > 0", "temperature > 0",
+                         "form in ('aligndistil', 'theorem1', 'theorem1_contrast', 'theorem1_adaptive')")  # fmt: skip
     formula: ClassVar = {
-        "distillation": "sum((beta2 if theorem1 else beta/(beta2*x + 0.001))*k for k, x in zip(DW, DIST)) / (nw if reward_len_norm else 1)"
+        "distillation": "sum((beta2 if form in ('theorem1', 'theorem1_contrast') else beta/(beta2*x + 0.001))*k for k, x in zip(DW, DIST))"
+        " / (nw if reward_len_norm else 1)"
     }
     golden: ClassVar = (
         ({"nw": 2, "DW": [0.02, 0.01], "DIST": [0.0, 0.6], "beta": 0.1, "beta2": 10.0}, 1.000083),
         ({"nw": 2, "DW": [0.02, 0.01], "DIST": [0.0, 0.6], "beta": 0.1, "beta2": 10.0, "reward_len_norm": False}, 2.000167),
-        ({"nw": 2, "DW": [0.3, 0.1], "DIST": [0.0, 0.6], "beta2": 2.0, "theorem1": True}, 0.4),
+        ({"nw": 2, "DW": [0.3, 0.1], "DIST": [0.0, 0.6], "beta2": 2.0, "form": "theorem1"}, 0.4),
     )
-    limits: ClassVar = (({"nw": 1, "DW": [0.5], "DIST": [0.0], "theorem1": False}, "500*beta"),)
+    limits: ClassVar = (({"nw": 1, "DW": [0.5], "DIST": [0.0], "form": "theorem1_adaptive"}, "500*beta"),)
 
-    def extrapolation(self, distance: Tensor) -> Tensor:
-        """[N] w: the teacher's logits are z + w (z - z'), at places where both models are `distance` [N] apart."""
-        return torch.full_like(distance, self.beta / self.beta2 - 1) if self.theorem1 else self.beta2 * distance + 1e-3
+    def extrapolation(self, distance: Tensor) -> tuple[Tensor, float]:
+        """(x [N], T): the teacher's logits are (z + x (z - z')) / T, at places where both models are `distance` [N] apart."""
+        adaptive = self.form in ("aligndistil", "theorem1_adaptive")
+        strength = self.beta2 * distance + 1e-3 if adaptive else torch.full_like(distance, self.beta / self.beta2)
+        return strength - 1 if self.form in ("theorem1", "theorem1_adaptive") else strength, self.temperature
 
     def __call__(self, batch: Batch) -> Terms:
         chosen, distance = batch.pairs.chosen, batch.scores["teacher"]["distance"].detach()
-        strength = self.extrapolation(distance)
-        factor = self.beta2 if self.theorem1 else self.beta / strength
+        factor = self.beta2 if self.form in ("theorem1", "theorem1_contrast") else self.beta / (self.beta2 * distance + 1e-3)
         loss = batch.edge_sum(factor * batch.scores["policy"]["divergence"])
         loss = loss / batch.lengths if self.reward_len_norm else loss
-        return Terms([Term("distillation", loss[chosen], "pair")], {"extrapolation": (batch.edge_sum(strength) / batch.lengths)[chosen]})
+        beyond = batch.edge_sum(self.extrapolation(distance)[0]) / batch.lengths
+        return Terms([Term("distillation", loss[chosen], "pair")], {"extrapolation": beyond[chosen]})
 
     def rewards(self, batch: Batch) -> Tensor:
         return batch.logp().detach()

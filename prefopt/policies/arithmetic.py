@@ -52,14 +52,15 @@ def combine_adapters(states: Sequence[Mapping[str, Tensor]], scales: Sequence[fl
     """LoRA weights, as PEFT names them, whose change of the model is the sum over k of coefficients[k] * scales[k] * B_k A_k, exactly.
 
     Ranks are put side by side: A = [A_1; A_2; ...], B = [c_1 s_1 B_1, c_2 s_2 B_2, ...], for an adapter of scale 1 (alpha = rank). To add
-    up the matrices A and B themselves would not be linear in the change. Layers that are trained whole are combined as by `combine`.
+    up the matrices A and B themselves would not be linear in the change. Layers that are trained whole are combined as by `combine`,
+    which is the sum of their changes only if the coefficients add up to 1.
     Raises `ValueError` as it does.
     """
     used = [k for k, c in enumerate(coefficients) if c != 0]
-    whole = [{name: t for name, t in state.items() if not _matrix(name)} for state in states]
+    whole = [{name: t for name, t in state.items() if not lora_matrix(name)} for state in states]
     out = combine(whole, coefficients)
     for name in _common(states):
-        if (side := _matrix(name)) == "A":
+        if (side := lora_matrix(name)) == "A":
             out[name] = torch.cat([states[k][name] for k in used], 0).contiguous()
         elif side == "B":
             parts = [(coefficients[k] * scales[k] * states[k][name].double()).to(states[0][name].dtype) for k in used]
@@ -67,7 +68,7 @@ def combine_adapters(states: Sequence[Mapping[str, Tensor]], scales: Sequence[fl
     return out
 
 
-def _matrix(name: str) -> str | None:
+def lora_matrix(name: str) -> str | None:
     """Whether a tensor is the matrix A [rank, in] or B [out, rank] of a LoRA layer."""
     parts = name.split(".")
     return next((side for side in "AB" if f"lora_{side}" in parts or f"lora_embedding_{side}" in parts), None)

@@ -63,8 +63,8 @@ def answer(asked: Asked, token_logp: Tensor, hidden: Tensor, head: Head, layers:
     return made
 
 
-def extrapolate(states: States, away: States, weight: Tensor) -> States:
-    """Whose logits are z + w (z - z'), of z made of `states`, z' of the states `away` and one w for each place, `weight` [N].
+def extrapolate(states: States, away: States, weight: Tensor, temperature: float = 1.0) -> States:
+    """Whose logits are (z + w (z - z')) / temperature, of z made of `states`, z' of the states `away`, one w for each place, `weight` [N].
 
     One linear head again: states (1 + w) h and -w h' side by side, over the two matrices side by side. The matrices are copied. ValueError
     for heads that cap or scale their logits, which are not linear, and for different vocabularies.
@@ -86,7 +86,8 @@ def extrapolate(states: States, away: States, weight: Tensor) -> States:
             hidden.append(factor * (part.hidden.to(of.down.dtype) @ of.down.t()))
             matrices.append(of.up)
     wide = torch.promote_types(states.head.weight.dtype, away.head.weight.dtype)
-    return States(torch.cat([h.to(hidden[0].dtype) for h in hidden], -1), Head(torch.cat([m.to(wide) for m in matrices], 1)))
+    matrix = torch.cat([m.to(wide) for m in matrices], 1)
+    return States(torch.cat([h.to(hidden[0].dtype) for h in hidden], -1), Head(matrix, temperature=temperature))
 
 
 def _detached(head: Head) -> Head:

@@ -30,7 +30,7 @@ def started(cfg: ModelConfig, key: str = "model.start") -> ModelConfig:
         return replace(cfg, path=str(folder), revision=None, gguf_file=None, wheel=None)
     if not cfg.lora.enabled:
         raise UserError(f"{key}={cfg.start} holds a LoRA adapter, and model={cfg.name} has none to put it into; add adapter=lora")
-    run = _settings_of(folder)
+    run = model_settings(folder)
     if run.get("path") and cfg.path and _place(run["path"]) != _place(cfg.path):
         raise UserError(f"{key}={cfg.start} holds an adapter for {run['path']}, and model={cfg.name} is {cfg.path}; over other weights it "
                         f"means nothing: give model={run.get('name', '...')}, or a run of this model")
@@ -54,8 +54,8 @@ def policy_folder(path: str, key: str) -> Path:
     return folder
 
 
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """The model settings of the run that saved this model; nothing where it is not known."""
+def model_settings(folder: Path) -> dict[str, Any]:
+    """The model settings of the run that saved the model in `folder`; nothing where that is not known."""
     try:
         return dict(yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["model"])
     except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError):

@@ -15,7 +15,8 @@ class Teacher:
     seen from the second. What is made of their distributions is for the objective to say, token by token:
 
     value:     `soft_value()` gives the weight and the temperature of the teacher's soft value (`policies/divergence.py`).
-    distance:  sum |p - p'| of both teachers; `extrapolation(distance)` [N] says how far beyond the first one to go (`asked.extrapolate`).
+    distance:  sum |p - p'| of both teachers; `extrapolation(distance)` says how far beyond the first one to go [N], and at
+               which temperature (`asked.extrapolate`).
     """
 
     def __init__(self, objective: Objective, first: nn.Module, reverse: nn.Module | None = None):
@@ -28,7 +29,7 @@ class Teacher:
         a distribution is asked for)."""
         objective, first = self.objective, self.models[0]
         wanted = objective.quantities["teacher"]
-        if not live_teachers(objective, stored=True):
+        if wanted == ("token_logp",):
             return {"token_logp": first(micro)}, None
         away = self.models[1](micro, Asked(states=True))["states"] if "distance" in wanted else None
         asked = Asked(states=True, value=objective.soft_value() if "value" in wanted else None,
@@ -37,12 +38,13 @@ class Teacher:
         states = made.pop("states")
         if away is not None:
             made["distance"] = made.pop("divergence")
-            states = extrapolate(states, away, objective.extrapolation(made["distance"]))
+            states = extrapolate(states, away, *objective.extrapolation(made["distance"]))
         return made, states
 
 
 def live_teachers(objective: Objective, stored: bool) -> int:
-    """How many frozen models beside the reference a step runs. Log-probs alone can be kept (`stored`), distributions cannot."""
+    """How many frozen models beside the reference a step runs. Log-probs and values, a number per token, can be kept (`stored`);
+    distributions cannot."""
     wanted = objective.quantities.get("teacher", ())
-    distributions = {"value", "distance"} & set(wanted) or "teacher" in objective.states_of
+    distributions = "distance" in wanted or "teacher" in objective.states_of
     return (1 + ("distance" in wanted)) if wanted and (distributions or not stored) else 0

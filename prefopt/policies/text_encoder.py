@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,11 @@ from prefopt.policies.loading import first_line, load_config, load_tokenizer
 from prefopt.policies.locate import locate
 
 BATCH = 64  # texts encoded at a time
+
+
+def identity_of(path: str) -> dict[str, Any]:
+    """What tells the encoder `path` apart from others. Loads nothing."""
+    return {"path": path, "fingerprint": locate(ModelConfig(name=path, path=path)).fingerprint()}
 
 
 class TextSimilarity:
@@ -46,7 +52,6 @@ class TextSimilarity:
             self.context -= 2  # these families count positions from the padding token's number on
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.source = {"path": path, "fingerprint": located.fingerprint()}
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -55,6 +60,11 @@ class TextSimilarity:
             a, b = (self._vectors([pair[side] for pair in pairs[start : start + BATCH]]) for side in (0, 1))
             out += F.cosine_similarity(a, b).clamp(-1, 1).tolist()
         return out
+
+    @torch.no_grad()
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """[texts, d] on the CPU."""
+        return torch.cat([self._vectors(list(texts[start : start + BATCH])).cpu() for start in range(0, len(texts), BATCH)])
 
     def _vectors(self, texts: list[str]) -> Tensor:
         """[texts, d]"""

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import yaml
 
 from prefopt.config.schema import DataConfig, LoraConfig, ModelConfig, TrustConfig
 from prefopt.data.batch import Row, build, split_step
@@ -17,7 +16,7 @@ from prefopt.data.records import BadRow, Example, Message
 from prefopt.data.tokenise import Branch, Tokeniser, Tokens
 from prefopt.errors import UserError
 from prefopt.policies.causal_lm import CausalLM
-from prefopt.policies.start import policy_folder, started
+from prefopt.policies.start import model_settings, policy_folder, started
 from prefopt.rewards.followups import STATEMENTS
 
 
@@ -125,13 +124,13 @@ def scorer_config(path: str) -> ModelConfig:
     if not Path(path).expanduser().is_dir() and not path.startswith((".", "/", "~")):
         return ModelConfig(name=Path(path).name, path=path)
     folder = policy_folder(path, "reward.path")
-    known = folder.parent / "config.yaml"
-    if folder.name != "model" or not known.is_file():
+    settings = model_settings(folder)
+    if not settings:
         return ModelConfig(name=folder.name, path=str(folder))
     try:
-        settings = yaml.safe_load(known.read_text(encoding="utf-8"))["model"]
         cfg = ModelConfig(**{**settings, "lora": LoraConfig(**settings["lora"]), "start": str(folder)})
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
+        known = folder.parent / "config.yaml"
         raise UserError(f"reward.path={path}: {known} is no config of this version of prefopt ({error})") from error
     if cfg.kind == "tabular":
         raise UserError(f"reward.path={path} holds a table of the bandit world, which reads no texts; give a language model")

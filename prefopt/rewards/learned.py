@@ -83,6 +83,18 @@ class LearnedReward:
                   "the end of the reply", file=sys.stderr)
 
 
+def identity_of(path: str, precision: str) -> dict[str, Any]:
+    """What tells the rewards by the model at `path` apart from those of others: its weights, how it reads texts, and what it computes in.
+    Loads nothing."""
+    folder, card = find(path)
+    kept = {"path": path, "fingerprint": Located(str(folder), None, path).fingerprint() if folder else None, "precision": precision}
+    if card["model"].get("kind") == "tabular":
+        return kept
+    cfg = model_config(path, folder, card)
+    read = {"rendering": card["data"], "template": cfg.chat_template, "thinking": cfg.thinking, "quantize": cfg.quantize}
+    return {**kept, "base": locate(cfg).fingerprint(), **read}
+
+
 def find(path: str) -> tuple[Path | None, dict[str, Any]]:
     """(the folder that holds the model, None for a hub id; its card). Raises `UserError` that says what is there instead."""
     given = Path(path).expanduser()

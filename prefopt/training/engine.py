@@ -63,7 +63,6 @@ class Engine:
 
     def __init__(self, policy: nn.Module, objective: Objective, reference: Provider | None, cfg: OptimConfig, accelerator: Accelerator,
                  moving_reference: bool = False, teacher: Teacher | None = None, seed: int = 0):
-        self.moving_reference = moving_reference  # it is refreshed on the way
         # What else has weights that change on the way, by name (`training/moving.py`); the checkpoints hold them.
         self.beside: dict[str, Any] = {"reference": reference} if moving_reference else {}
         self.teacher = teacher
@@ -73,6 +72,11 @@ class Engine:
         groups = parameter_groups(policy, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+
+    @property
+    def moving_reference(self) -> bool:
+        """Whether the reference is refreshed on the way."""
+        return "reference" in self.beside
 
     @property
     def world(self) -> int:
@@ -95,6 +99,8 @@ class Engine:
                 continue
             if scorer in micro.stored:  # token by token, or their sums
                 known = micro.stored[scorer]
+                if self.objective.quantities[scorer] == ("value",):
+                    known = {"value": known[kind]}
                 scores[scorer] = quantities(known[kind], layout, kind) if kind in known else known
             elif scorer == "previous":  # nothing was stored: the policy has not moved since it wrote these replies
                 scores[scorer] = {name: t.detach() for name, t in scores["policy"].items()}
@@ -105,6 +111,8 @@ class Engine:
                 scores[scorer] = quantities(self.beside["slow"](micro), layout, kind)
             elif scorer == "teacher":
                 scores[scorer] = quantities(self.teacher(micro)[0], layout)
+        if "writer" in micro.stored:  # of the data, for objectives with the column `logp`
+            scores["writer"] = micro.stored["writer"]
         return replace(layout, scores=scores)
 
     def _asked(self, micro: MicroBatch) -> tuple[list[Asked], dict[str, dict[str, Tensor]]]:

@@ -67,7 +67,11 @@ def wins(margin: Tensor) -> Tensor:
 
 
 def pair_metrics(objective: Objective, batch: Batch, averages: Averages) -> None:
-    """Rewards, margin and accuracy of pairs, and log-probs where the policy has any (a reward model has none)."""
+    """Rewards, margin and accuracy of pairs, and log-probs where the policy has any (a reward model has none).
+
+    With d = log pi(preferred) - log pi(other), token sums: `misranked` is the share of pairs with d < 0, and `undesirable` the share with
+    d_ref < d < 0, which are still misranked although the policy is past what it started from (arXiv 2605.20834).
+    """
     pairs, rewards, logp = batch.pairs, objective.rewards(batch), batch.scores["policy"].get("logp")
     chosen, rejected = rewards[pairs.chosen], rewards[pairs.rejected]
     margin = chosen - rejected
@@ -79,6 +83,13 @@ def pair_metrics(objective: Objective, batch: Batch, averages: Averages) -> None
     if logp is not None:
         averages.add("logp/chosen", logp[pairs.chosen])
         averages.add("logp/rejected", logp[pairs.rejected])
+        sign = torch.where(pairs.label >= 0.5, 1.0, -1.0)
+        d = sign * (logp[pairs.chosen] - logp[pairs.rejected])
+        averages.add("misranked", (d < 0).to(d.dtype))
+        reference = batch.scores.get("reference", {}).get("logp")
+        if reference is not None:
+            past = d - sign * (reference[pairs.chosen] - reference[pairs.rejected]) > TIE
+            averages.add("undesirable", (past & (d < 0)).to(d.dtype))
 
 
 def ranking_metrics(objective: Objective, batch: Batch, averages: Averages) -> None:

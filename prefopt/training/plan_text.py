@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prefopt.config.catalogue import table
+from prefopt.config.listing import table
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import UserError
 from prefopt.training.memory import Memory

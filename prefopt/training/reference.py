@@ -26,6 +26,7 @@ from prefopt.data.batch import Row, step_rows
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import RunFailed, UserError
 from prefopt.objectives.base import Objective
+from prefopt.policies.asked import Asked
 from prefopt.policies.load import load_policy
 from prefopt.policies.reference import AdapterOff, AsLoaded, Provider, Reloaded, Stored, make_reference
 from prefopt.policies.store import Store, entry_key, evict, reference_root
@@ -191,8 +192,11 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     every = [row for row, count in zip(source.rows, often, strict=True) if count] + list(held_out)
     # Scored are what the scorer is asked about: extra sequences may be for others, and get zeros.
     rows = every if scorer in objective.extra_scorers else [replace(row, extra=[]) for row in every]
-    level = "tokens" if "token_logp" in objective.quantities[scorer] else "sums"
+    value = objective.soft_value() if "value" in objective.quantities[scorer] else None
+    level = "tokens" if value or "token_logp" in objective.quantities[scorer] else "sums"
     lora, identity = cfg.model.lora, identity_of(cfg, policy)
+    if value:  # a number per token as well, filed apart
+        identity["quantity"] = "value, weight {:g}, temperature {:g}".format(*value)
     store, how, use, keys = None, "", False, []
     if main:
         if (known := began.get(name)) and (changed := differences(known["identity"], identity)):
@@ -219,7 +223,8 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     if not use:
         return None, {}
     filler = AdapterOff(policy) if lora.enabled and (cfg.reference.policy == "base" or not lora.adapter) else AsLoaded(policy)
-    fill(store, rows, keys, level, filler, source, accelerator)
+    of_tokens = (lambda micro: filler(micro, Asked(value=value))["value"]) if value else filler
+    fill(store, rows, keys, level, of_tokens, source, accelerator)
     values: list[list[Any]] = []
     if main:
         found = store.found

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -75,22 +76,47 @@ def make_objective(settings: dict[str, Any]) -> Objective:
         raise UserError(f"algo: {error}") from error
 
 
+class Late:
+    """A model that is loaded when it is first asked; `source` tells it apart from others before that."""
+
+    def __init__(self, source: dict[str, Any], load: Callable[[], Any]):
+        self.source, self.load, self.model = source, load, None
+
+    def __call__(self, asked: Sequence[Any]) -> Any:
+        if self.model is None:
+            self.model = self.load()
+        return self.model(asked)
+
+    @property
+    def cut(self) -> int:
+        """Texts that were too long for it, of those that it was asked about."""
+        return getattr(self.model, "cut", 0)
+
+
 def transform_tools(cfg: TrainConfig, device: torch.device) -> Tools:
-    """The models that data transforms may ask for, loaded when they do and kept as long as these tools are."""
+    """The models that data transforms may ask for: what they have said is on disk, they are loaded for what is not, and kept as long as
+    these tools are."""
 
     @cache
-    def reward(path: str) -> Any:
-        from prefopt.rewards.learned import LearnedReward
+    def reward(path: str) -> Late:
+        from prefopt.rewards import learned
 
-        return LearnedReward(path, cfg.data, cfg.trust, device, cfg.hardware.precision)
+        precision = cfg.hardware.precision
+        return Late(learned.identity_of(path, precision), lambda: learned.LearnedReward(path, cfg.data, cfg.trust, device, precision))
 
     @cache
-    def similarity(encoder: str) -> Any:
-        from prefopt.policies.text_encoder import TextSimilarity
+    def similarity(encoder: str) -> Late:
+        from prefopt.policies import text_encoder
 
-        return TextSimilarity(encoder, cfg.trust, device)
+        return Late(text_encoder.identity_of(encoder), lambda: text_encoder.TextSimilarity(encoder, cfg.trust, device))
 
-    return Tools(reward, similarity)
+    @cache
+    def vectors(encoder: str) -> Late:
+        from prefopt.policies import text_encoder
+
+        return Late(text_encoder.identity_of(encoder), lambda: text_encoder.TextSimilarity(encoder, cfg.trust, device).vectors)
+
+    return Tools(reward, similarity, vectors)
 
 
 def make_accelerator(cfg: TrainConfig) -> Accelerator:
@@ -123,10 +149,13 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     torch.manual_seed(cfg.seed)
     cfg = replace(cfg, model=started(cfg.model))
     folder, objective = Path(cfg.run_dir), make_objective(cfg.algo)
+    quantity = "reward" if "reward" in objective.quantities["policy"] else "token_logp"
+    if quantity == "reward" and cfg.model.start and cfg.model.lora.adapter:
+        raise UserError(f"model.start={cfg.model.start} holds a policy's LoRA adapter, and a reward model can start from whole weights "
+                        "only; set model.start=null")
     splits = train_split, held_out_split = load_data(cfg.data)
     read = {split.name: split.digest() for split in splits}  # transforms belong to the method, and runs over the same rows can be compared
-    with accelerator.main_process_first():  # which keeps on disk what a model said
-        apply_transforms(splits, cfg.data, cfg.seed, transform_tools(cfg, accelerator.device))
+    apply_transforms(splits, cfg.data, cfg.seed, transform_tools(cfg, accelerator.device))
     online = cfg.source.kind != "offline"
     view = "pairs" if objective.view == "groups" else objective.view  # what held-out rows are judged as: they were not sampled
     if not online:
@@ -136,7 +165,6 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         mark_steps((*train_split.examples, *held_out_split.examples))
     with accelerator.main_process_first():
         rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
-        quantity = "reward" if "reward" in objective.quantities["policy"] else "token_logp"
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity)
     as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
     train, held_out = (

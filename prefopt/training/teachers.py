@@ -1,4 +1,4 @@
-"""The frozen models that an objective learns from (config group `teacher`): loaded and checked, or their log-probs kept instead."""
+"""The frozen models that an objective learns from (config group `teacher`): loaded and checked, or what they say kept instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from torch import nn
 
@@ -20,7 +19,7 @@ from prefopt.data.batch import Row
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
-from prefopt.policies.start import policy_folder, started
+from prefopt.policies.start import model_settings, policy_folder, started
 from prefopt.policies.teacher import Teacher, live_teachers
 from prefopt.training.reference import store_or_not
 from prefopt.training.source import OfflineSource
@@ -28,10 +27,10 @@ from prefopt.training.source import OfflineSource
 
 def make_teacher(cfg: TrainConfig, policy: nn.Module, objective: Objective, source: OfflineSource, held_out: Sequence[Row], steps: int,
                  accelerator: Accelerator) -> tuple[Teacher | None, dict[str, Any]]:
-    """(the objective's teacher on this process's device, None where it has none or its log-probs are stored; what the manifest says).
+    """(the objective's teacher on this process's device, None where it has none or is stored; what the manifest says).
 
-    Log-probs alone are kept in the reference store, under the teacher's own identity: the rows that `steps` of `source` visit and those
-    `held_out` get them, and the model leaves memory. `reference.store` decides. What is made of distributions is computed on the way.
+    Log-probs, or soft values, are kept in the reference store, under the teacher's own identity: the rows that `steps` of `source` visit
+    and those `held_out` get them, and the model leaves memory. `reference.store` decides. Distributions are computed on the way.
     """
     if objective.states_of:
         check_distributions([policy], objective)
@@ -39,9 +38,10 @@ def make_teacher(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
         return None, {}
     models = load_teachers(cfg, policy, accelerator)
     about: dict[str, Any] = {"teacher": [model.source for model in models]}
-    if live_teachers(objective, stored=True):
+    live = live_teachers(objective, stored=True)
+    if live or "value" in objective.quantities["teacher"]:
         check_distributions([policy, *models], objective)
-    elif cfg.reference.store != "off" and cfg.model.kind != "tabular" and cfg.source.kind == "offline":
+    if not live and cfg.reference.store != "off" and cfg.model.kind != "tabular" and cfg.source.kind == "offline":
         # The policy at the path is one as loaded, whatever the run's own reference is.
         as_loaded = replace(cfg, model=models[0].cfg, reference=replace(cfg.reference, policy="initial"))
         stored, kept = store_or_not(as_loaded, models[0], objective, source, held_out, steps, accelerator, "teacher")
@@ -82,17 +82,10 @@ def teacher_config(model: ModelConfig, path: str, key: str) -> ModelConfig:
         return replace(plain, path=path, revision=None, gguf_file=None, wheel=None)  # of the hub
     folder = policy_folder(path, key)
     if (folder / "adapter_config.json").is_file():
-        plain = replace(plain, **_base_of(folder), lora=replace(plain.lora, enabled=True))
+        known = model_settings(folder)  # where the weights are that the adapter's run had put it on
+        base = {name: known[name] for name in ("name", "path", "revision", "gguf_file", "wheel", "quantize") if name in known}
+        plain = replace(plain, **base, lora=replace(plain.lora, enabled=True))
     return started(replace(plain, start=str(folder)), key)
-
-
-def _base_of(folder: Path) -> dict[str, Any]:
-    """Where the weights are that an adapter's run had put it on; nothing where the run is not known."""
-    try:
-        saved = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["model"]
-        return {name: saved[name] for name in ("name", "path", "revision", "gguf_file", "wheel", "quantize")}
-    except (OSError, yaml.YAMLError, TypeError, KeyError):
-        return {}
 
 
 def _vocabulary(policy: nn.Module, teacher: nn.Module) -> str:

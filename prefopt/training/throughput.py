@@ -98,16 +98,17 @@ def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Modul
         shape, layout, shared, lora, sum(p.numel() for p in policy.trainable().values()) if lora else 0, policy.quantity != "reward",
         getattr(policy, "fuse", False), cfg.gradient_checkpointing,
         policy.inner.config.get_text_config()._attn_implementation, twice, "reference" in objective.quantities,
-        head_products(objective, lora), beside, objective.extra_scorers,
+        head_products(objective, lora, len(teachers)), beside, objective.extra_scorers,
     )
 
 
-def head_products(objective: Objective, frozen: bool) -> int:
-    """Products with a head that whole distributions take, per trained token of a step. A divergence makes the logits of both sides forward
-    and again backward, and the policy's gradients towards states and weight (not if that is `frozen`). Every head counts as the policy's.
+def head_products(objective: Objective, frozen: bool, teachers: int) -> int:
+    """Products with a head that whole distributions take, per trained token of a step that runs so many `teachers`. A divergence makes the
+    logits of both sides forward and again backward, and the policy's gradients towards states and weight (not if that is `frozen`). Every
+    head counts as the policy's.
     """
     teacher = objective.quantities.get("teacher", ())
-    products = 2 * ("distance" in teacher) + ("value" in teacher)
+    products = 2 * ("distance" in teacher) + ("value" in teacher and teachers > 0)
     if "divergence" in objective.quantities["policy"]:
         two = "distance" in teacher and objective.divergence_from[1] == "teacher"  # the teacher's logits are made of two heads
         products += 2 + 2 * (1 + two) + (1 if frozen else 2)

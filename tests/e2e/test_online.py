@@ -64,6 +64,19 @@ def test_a_run_killed_in_the_middle_of_a_round_resumes_to_the_same_bits(case, tm
     assert len(rounds[0]) == 3 and [p.read_text() for p in rounds[0]] == [p.read_text() for p in rounds[1]]
 
 
+def test_mismatched_replies_of_a_round_answer_other_prompts(tmp_path, monkeypatch):
+    """With two pairs of each prompt, the next row is often one of the same prompt."""
+    seen, real = [], OnlineSource._rows
+    monkeypatch.setattr(OnlineSource, "_rows", lambda self, *args: seen.append(real(self, *args)) or seen[-1])
+    words = ["algo=kto", "source=rounds", *BANDIT, "source.samples=8", "source.keep=4", "train.steps=8"]
+    assert train(tmp_path / "run", *words, "source.prompts=3") == 0
+    for rows in seen:
+        assert len(rows) == 6
+        for row in rows:
+            (other,) = [o for o in rows if o.tokens.branches is row.mismatched]
+            assert other.tokens.prompt != row.tokens.prompt
+
+
 def test_a_round_that_is_gone_is_named(tmp_path, capsys, monkeypatch):
     killed_at(8, monkeypatch, tmp_path, *CASES["rollout"], *TEN)
     (tmp_path / "rounds" / "round-000001.jsonl").unlink()

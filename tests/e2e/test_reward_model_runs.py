@@ -17,7 +17,7 @@ from prefopt.data import bandit
 from prefopt.data.sources import load_data
 from prefopt.errors import UserError
 from prefopt.evaluation.label import Counts, labelled
-from prefopt.rewards.learned import LearnedReward
+from prefopt.rewards.learned import LearnedReward, identity_of
 from prefopt.tracking.tracker import read_jsonl
 from tests.toy import data_config, example, pair, save_model
 from tests.toy_runs import train
@@ -304,6 +304,17 @@ def test_label_says_what_is_wrong_and_writes_nothing(words, said, table, tmp_pat
     assert main(["label", *(w.format(**names) for w in words)]) == 2
     assert said in capsys.readouterr().err
     assert there.read_text() == "mine\n" and sorted(p.name for p in tmp_path.iterdir()) == ["prompts.jsonl", "there.jsonl"]
+
+
+def test_scores_that_are_there_load_no_reward_model(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PREFOPT_STORE", str(tmp_path / "store"))
+    loaded, real = [], LearnedReward.__init__
+    monkeypatch.setattr(LearnedReward, "__init__", lambda self, *args: loaded.append(args[-1]) or real(self, *args))
+    words = (*BANDIT, "algo=dpo", "+data.transforms.score.path=" + str(table), "evaluation.prompts=2")
+    assert train(tmp_path / "first", *words) == 0 and loaded == ["fp32"]
+    assert train(tmp_path / "second", *words, "algo=ipo") == 0 and main(["eval", f"run={tmp_path / 'first'}", "prompts=2"]) == 0
+    assert loaded == ["fp32"], "the scores of both splits are on disk"
+    assert identity_of(str(table), "fp32") != identity_of(str(table), "bf16"), "rewards of another precision are others"
 
 
 def test_prompts_alone_hold_nothing_to_score(text_run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -172,14 +173,27 @@ def test_stages_of_a_sweep(tmp_path, monkeypatch, capsys):
 
     def job(cfg, words):
         ran.append((cfg.algo["name"], cfg.optim.lr, Path(cfg.run_dir)))
+        assert (Path(cfg.run_dir) / "config.yaml").exists()
+        assert cfg.algo["name"] != "sft" or (Path(cfg.run_dir).parents[1] / "config.yaml").exists(), "the job's folder is claimed first"
         return ("failed", "no luck") if cfg.optim.lr == 0.2 and cfg.algo["name"] == "sft" else ("finished", "")
 
-    monkeypatch.setattr("prefopt.launch.multirun.run_job", job)
+    monkeypatch.setattr("prefopt.launch.multirun.run_apart", job)
     assert main(["train", "-m", *FAST, *BRIDGE, "stages.sft.optim.lr=0.1,0.2", "hydra.sweep.dir=sweep"]) == 1
     assert [(name, lr) for name, lr, _ in ran] == [("sft", 0.1), ("sft_dpo_bridge", 0.05), ("sft", 0.2)]
     assert ran[0][2] == ran[1][2] / "stages" / "sft" and ran[1][2].parent.name == "sweep"
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [j["state"] for j in jobs] == ["finished", "failed"] and jobs[1]["message"] == "stage sft: no luck"
+    assert not list((tmp_path / "sweep").glob("*/config.yaml")), "a job that never began lets go of its folder"
+
+
+def test_a_job_of_a_sweep_whose_folder_is_taken_trains_no_stage(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr("prefopt.launch.multirun.run_apart", lambda cfg, words: ran.append(cfg) or ("finished", ""))
+    words = ["-m", *FAST, *BRIDGE, "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job"]
+    (tmp_path / "sweep" / "job").mkdir(parents=True)
+    (tmp_path / "sweep" / "job" / "mine.txt").touch()
+    assert main(["train", *words]) == 1 and not ran
+    assert "is not empty and holds no run of prefopt" in json.loads((tmp_path / "sweep" / "sweep.json").read_text())[0]["message"]
 
 
 def test_two_stages_of_which_one_needs_the_other(tmp_path):
@@ -207,6 +221,17 @@ def test_language_models_start_from_their_stage(adapter, tmp_path):
     assert run[0]["logp/chosen"] == pytest.approx(stage[-1]["logp/chosen"], abs=1e-4), "it starts where the stage has ended"
     assert run[0]["log_ratio/chosen"] == pytest.approx(0, abs=1e-4) and run[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(stage[-1]["log_ratio/chosen"]) > 0.01 and main(["eval", f"run={tmp_path / 'run'}", "prompts=2"]) == 0
+
+
+def test_a_reward_model_is_trained_for_a_run_that_starts_from_an_adapter(tmp_path, tiny_lm, capsys):
+    common = ["model=tiny-lm-lora", "evaluation.prompts=0", "train.steps=1", "data.limit=8", "data.eval_limit=4"]
+    first, run = tmp_path / "first", tmp_path / "run"
+    assert train(first, "algo=dpo", *common) == 0
+    judged = ["reward=model", "stages=reward", "reward.path=${stage:reward}"]
+    assert train(run, "algo=dpo", *judged, f"model.start={first}", *common) == 0
+    assert config(run)["model"]["start"] == str(first) and config(run / "stages" / "reward")["model"]["start"] is None
+    assert train(tmp_path / "alone", "algo=reward_bt", f"model.start={first}", *common) == 2
+    assert "holds a policy's LoRA adapter, and a reward model can start from whole weights only" in capsys.readouterr().err
 
 
 # ---- what the two systems made of stages promise -------------------------------------------------
@@ -249,5 +274,10 @@ def test_mpo_goes_on_from_the_easy_pairs_to_the_hard_ones(tmp_path):
     assert next(r for r in rows if r["split"] == "train")["kl_to_reference"] == pytest.approx(0, abs=1e-6), "it starts from its reference"
     easy, other = (json.loads((folder / "manifest.json").read_text())["data"]["train"]["rows"] for folder in (run, second))
     assert easy + other == 60 and easy == 30
-    true, prompts = torch.tensor(bandit.reward_table()).double(), list(range(bandit.PROMPTS))
-    assert expected(table(run), true, prompts) < expected(table(second), true, prompts)
+    # Judged where it was to help: on the prompts of the pairs that the reward model finds difficult.
+    found, pairs = table(run / "stages" / "reward"), list(itertools.combinations(range(bandit.REPLIES), 2))
+    gaps = {(x, a, b): abs(float(found[x, a] - found[x, b])) for x in range(bandit.PROMPTS) for a, b in pairs}
+    difficult = [x for (x, _, _), gap in gaps.items() if gap < sorted(gaps.values())[-easy]]
+    assert len(difficult) == other and len(set(difficult)) > 1
+    true = torch.tensor(bandit.reward_table()).double()
+    assert expected(table(run), true, difficult) < expected(table(second), true, difficult)

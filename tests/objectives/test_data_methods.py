@@ -178,6 +178,23 @@ def test_the_gradient_of_a_pair_is_proportional_to_its_weight():
     assert torch.allclose(weighted, plain * weights[0])
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 0.1), (1.0, 0.0)])
+def test_sem_dpo_divides_by_the_sum_of_its_weights(weights):
+    """sum W loss / sum W, where the paper has sum W loss / P: the same at equal weights of 1, and another share of each pair never."""
+    rows, objective = [pair(5, 2), pair(1, 4)], default("sem_dpo")
+    table = torch.randn(1, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(-1)
+    each = [loss_of(objective, [row], table, uniform(1, 5)).item() for row in rows]
+    for row, weight in zip(rows, weights, strict=True):
+        row.weight = weight
+    found = loss_of(objective, rows, table, uniform(1, 5)).item()
+    total = sum(w * x for w, x in zip(weights, each, strict=True))
+    assert found == pytest.approx(total / sum(weights), rel=1e-12)
+    assert (found == pytest.approx(total / len(rows), rel=1e-6)) == (weights == (1.0, 1.0))
+    for row in rows:
+        row.weight *= 0.3
+    assert loss_of(objective, rows, table, uniform(1, 5)).item() == pytest.approx(found, rel=1e-12)
+
+
 def test_f_dpo_on_flipped_rows():
     rows = [pair(5, 2), pair(1, 4)]
     for e, (w, r) in zip(rows, [(0, 1), (1, 0)], strict=True):

@@ -130,9 +130,9 @@ def test_states_are_asked_for_where_they_are_needed(slug):
     objective = default(slug)
     wanted = {"tdpo": ("reference",), "tdpo1": ("reference",), "tvkd_kl": ("teacher",), "align_distil": ("teacher",)}
     assert objective.states_of == wanted.get(slug, ())
-    live = {"tvkd": 1, "tvkd_kl": 1, "align_distil": 2}
+    live = {"tvkd_kl": 1, "align_distil": 2}
     assert live_teachers(objective, stored=True) == live.get(slug, 0)
-    assert live_teachers(objective, stored=False) == (1 if slug == "tgdpo" else live.get(slug, 0))
+    assert live_teachers(objective, stored=False) == (1 if slug in ("tgdpo", "tvkd") else live.get(slug, 0))
 
 
 # ---- TDPO ------------------------------------------------------------------------------------------------
@@ -205,6 +205,25 @@ def test_a_guide_like_the_reference_leaves_dpo():
     assert term.values.item() == pytest.approx(want.values.item(), abs=1e-12)
 
 
+def test_a_guide_with_shuffled_weights_changes_the_loss_and_not_who_learns(folder):
+    """Gradients reach every weight of the policy, whatever the guide says, and none of the guide's."""
+    guide, seen, generator = model(folder, 3), [], torch.Generator().manual_seed(0)
+    for shuffled in (False, True):
+        if shuffled:
+            with torch.no_grad():
+                for weight in guide.parameters():
+                    weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
+        objective, policy, reference = TGDPO(alpha=5.0), model(folder, 1), torch.no_grad()(model(folder, 2).eval())
+        micro = build(rows(), range(3), "pairs", policy.pad)
+        with fresh_accelerator() as accelerator:
+            engine = Engine(policy, objective, reference, OptimConfig(max_grad_norm=1e9), accelerator, teacher=Teacher(objective, guide))
+            made, loss = gradients(engine, [micro])
+        seen.append((loss, {name for name, gradient in made.items() if gradient.any()}))
+        assert all(weight.grad is None for weight in guide.parameters())
+    (loss, learning), (other, also_learning) = seen
+    assert abs(loss - other) > 1e-3 and learning == also_learning and learning
+
+
 def test_tokens_that_the_guide_likes_count_more_in_chosen_replies():
     objective = TGDPO(beta=1.0, alpha=0.5)
     batch, leaf = batch_of(objective, floats([0.2, -1.5, -0.6, 0, -1]))  # likes the first token of both replies better than the reference
@@ -216,19 +235,37 @@ def test_tokens_that_the_guide_likes_count_more_in_chosen_replies():
 def test_extrapolation_of_the_row():
     """d = 0.6 gives w = 6.001 at beta2 = 10; the plain form's strength is the same everywhere."""
     distance = floats([0.6, 0.0, 2.0])
-    assert AlignDistil().extrapolation(distance).tolist() == pytest.approx([6.001, 0.001, 20.001])
-    assert AlignDistil(beta=2.0, beta2=4.0, theorem1=True).extrapolation(distance).tolist() == pytest.approx([-0.5] * 3)
+    assert AlignDistil().extrapolation(distance)[0].tolist() == pytest.approx([6.001, 0.001, 20.001])
+    for form, want in (("theorem1", [-0.5] * 3), ("theorem1_contrast", [0.5] * 3), ("theorem1_adaptive", [1.401, -0.999, 7.001])):
+        assert AlignDistil(beta=2.0, beta2=4.0, form=form).extrapolation(distance)[0].tolist() == pytest.approx(want)
 
 
 def test_theorem_1_at_equal_strengths_is_plain_distillation(folder):
     """beta = beta2: beta2 KL(pi || DPO model), whatever the second model is."""
-    objective, policy, first, second = AlignDistil(beta=0.4, beta2=0.4, theorem1=True), *(model(folder, s) for s in (1, 2, 3))
+    objective, policy, first, second = AlignDistil(beta=0.4, beta2=0.4, form="theorem1"), *(model(folder, s) for s in (1, 2, 3))
     micro = build(rows(), range(3), "pairs", policy.pad)
     with fresh_accelerator() as accelerator, torch.no_grad():
         batch = Engine(policy, objective, None, OptimConfig(), accelerator, teacher=Teacher(objective, first, second)).score(micro)
         p, q = full_logp(policy, micro)[0], full_logp(first, micro)[0]
         kl = batch.edge_sum((p.exp() * (p - q)).sum(-1)) / batch.lengths
         torch.testing.assert_close(objective(batch).terms[0].values, 0.4 * kl[batch.pairs.chosen], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", ["aligndistil", "theorem1", "theorem1_contrast", "theorem1_adaptive"])
+def test_forms_and_temperature_are_those_of_full_logits(folder, form):
+    objective, policy, *others = AlignDistil(beta=0.3, beta2=2.0, form=form, temperature=0.7), *(model(folder, s) for s in (1, 2, 3))
+    micro = build(rows(), range(3), "pairs", policy.pad)
+    with fresh_accelerator() as accelerator, torch.no_grad():
+        batch = Engine(policy, objective, None, OptimConfig(), accelerator, teacher=Teacher(objective, *others)).score(micro)
+        p, z, away = (full_logp(m, micro)[0] for m in (policy, *others))
+        plain, adaptive = 0.3 / 2.0, (2.0 * (z.exp() - away.exp()).abs().sum(-1) + 1e-3)[:, None]
+        logits, factor = {
+            "aligndistil": (z + adaptive * (z - away), 0.3 / adaptive), "theorem1": (plain * z + (1 - plain) * away, 2.0),
+            "theorem1_contrast": (z + plain * (z - away), 2.0), "theorem1_adaptive": (adaptive * z + (1 - adaptive) * away, 0.3 / adaptive),
+        }[form]
+        kl = (factor * p.exp() * (p - (logits / 0.7).log_softmax(-1))).sum(-1)
+        want = (batch.edge_sum(kl) / batch.lengths)[batch.pairs.chosen]
+        torch.testing.assert_close(objective(batch).terms[0].values, want, rtol=1e-5, atol=1e-8)
 
 
 def test_the_teacher_itself_has_nothing_to_learn(folder):
@@ -290,6 +327,15 @@ def test_the_true_reward_rises_on_the_bandit(teachers, slug):
     assert mean_reward(teachers[0]) > mean_reward(reference) + 0.05 > mean_reward(teachers[1]) + 0.1
     given = {"tdpo": 0, "tdpo1": 0, "align_distil": 2}.get(slug, 1)
     assert mean_reward(trained(slug, *teachers[:given])) > mean_reward(reference) + 0.05
+
+
+def test_a_shuffled_guide_helps_nobody(teachers):
+    """After the same steps TGDPO is ahead of DPO (alpha 0) with the aligned guide, and behind it with that one's table in disorder."""
+    guide, settings = teachers[0], {"steps": 40, "beta": 0.5}
+    order = torch.randperm(guide.numel(), generator=torch.Generator().manual_seed(0))
+    guided, plain, shuffled = (mean_reward(trained("tgdpo", by, alpha=alpha, **settings))
+                               for by, alpha in ((guide, 1.0), (guide, 0.0), (guide.flatten()[order].view_as(guide), 1.0)))
+    assert guided > plain + 0.005 and plain > shuffled + 0.1
 
 
 def test_align_distil_reaches_its_teacher(teachers):

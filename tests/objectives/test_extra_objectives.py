@@ -181,7 +181,7 @@ def test_a_soft_label_mixes_the_pair_and_its_opposite():
     rng = random.Random(3)
     for objective in (default("t_reg"), TREG(beta=1.0, alpha=0.7), RationaleORPO(gamma=0.0), SRPO(alpha=0.0), SRPO(alpha=1.0)):
         names = [EXTRA[name] for name in objective.extra]
-        lengths = [3, 2, *([3, 3, 2, 2] if all(e.aligned for e in names) else [rng.randint(1, 4) for _ in names])]
+        lengths = [3, 2, *([3, 3, 2, 2] if all(e.aligned is not None for e in names) else [rng.randint(1, 4) for _ in names])]
         edges = torch.arange(2, len(lengths))
         # The first half is about one side (T-REG) or one order (SRPO), the second about the other; a rationale stays.
         other = edges.view(2, -1).flip(0).flatten() if len(edges) == 4 else edges

@@ -130,7 +130,8 @@ def test_trap_20_one_value_per_unit_and_metrics_detached(slug):
         policy["policy"].requires_grad_()
         terms = objective(scored(objective, layout, policy))
         for term in terms.terms:
-            imitated = layout.demonstrations.edge if layout.demonstrations else layout.pairs.chosen if layout.pairs else None
+            read = term.batch or layout
+            imitated = read.demonstrations.edge if read.demonstrations else read.pairs.chosen if read.pairs else None
             units = 16 if term.batch is not None and term.unit == "completion" else 4  # both replies of a mixture's pairs, good and bad
             count = int(layout.tokens_of(imitated).sum()) if term.unit == "token" else units
             assert term.values.shape == (count,) and term.values.dtype == torch.float64 and term.values.requires_grad

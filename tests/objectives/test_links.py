@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -55,6 +56,37 @@ def test_robust_dpo_reaches_the_clean_optimum_from_flipped_labels(share):
     assert total_variation(robust, best) < 1e-3
     assert total_variation(plain, best) > 0.03 and total_variation(smoothed, best) > 0.03
     assert mean_reward(robust) > mean_reward(plain) + 0.02 > mean_reward(smoothed) + 0.02
+
+
+def drawn(count: int, seed: str) -> torch.Tensor:
+    """[count, 2] by how much the better of two replies is ahead in each of two features. One feature tells a quarter of the pairs by far
+    and the others hardly; the other one speaks for a quarter of them and against a half."""
+    rng, kinds = random.Random(seed), [(20.0, 0.0), (1.0, 5.0), (1.0, -1.0), (1.0, -1.0)]
+    return floats(v * rng.uniform(0.9, 1.1) for _ in range(count) for v in rng.choice(kinds)).view(count, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_robust_dpo_judges_clean_pairs_better_after_training_on_flipped_ones(seed):
+    """A log-linear policy over two replies per prompt, 30 % of 2,000 labels flipped, accuracy on held-out pairs as they should be. Pairs
+    that are told by far pull DPO away from the rest once some of them are flipped."""
+    count, share, rng = 2000, 0.3, random.Random(f"flips {seed}")
+    ahead, held_out = drawn(count, f"train {seed}"), drawn(500, f"held out {seed}")
+    flipped, better = torch.tensor([rng.random() < share for _ in range(count)]), 2 * torch.arange(count)
+    sides = [torch.where(flipped, better + 1 - i, better + i) for i in (0, 1)]
+    pairs = Pairs(*sides, floats([1] * count), floats([1] * count), floats([0] * count))
+    layout, even, accuracy = layout_of([1] * 2 * count, pairs=pairs), floats([math.log(0.5)] * 2 * count), []
+    for objective in (DPO(beta=0.1), RobustDPO(beta=0.1, eps=share)):
+        theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimizer, totals = torch.optim.Adam([theta], lr=0.2), total_weights(objective, layout)
+        for _ in range(100):
+            logits = torch.stack([ahead @ theta, torch.zeros_like(even[:count])], 1)
+            batch = scored(objective, layout, {"policy": logits.log_softmax(-1).flatten(), "reference": even})
+            optimizer.zero_grad()
+            reduce_terms(batch, objective(batch), totals)[0].backward()
+            optimizer.step()
+        accuracy.append(float((held_out @ theta.detach() > 0).double().mean()))
+    plain, robust = accuracy
+    assert robust > 0.95 and plain < 0.6
 
 
 def test_conservative_dpo_is_dpo_on_flipped_labels():

@@ -12,7 +12,7 @@ from samples import default, floats, random_layout, random_rows, random_tokens, 
 from prefopt.config.catalogue import algo_info, load_yaml
 from prefopt.config.mixtures import described, expanded
 from prefopt.data.batch import build
-from prefopt.objectives.base import reduce_terms, total_weights
+from prefopt.objectives.base import Terms, reduce_terms, total_weights
 from prefopt.objectives.mixture import Mixture, read_as
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.pointwise import BCO
@@ -104,6 +104,27 @@ def test_soft_labels_are_read_as_good_and_bad_replies():
     assert table(seen) == table(own)
     good = read_as(build(rows, range(len(rows)), "unary", 0).layout, "demonstrations", "unary").demonstrations
     assert {e for e, w in zip(good.edge.tolist(), good.weight.tolist(), strict=True) if w} == {e for e, d in table(own) if d}
+
+
+def test_a_pair_that_is_labelled_the_other_way_round_demonstrates_its_second_reply():
+    """With the label 0.2, SFT's gradient is 0.2 of that of the first reply and 0.8 of that of the second, as if these were rows."""
+    mixture = Mixture([{"_target_": "prefopt.objectives.pairwise.DPO"}, {"_target_": "prefopt.objectives.unary.SFT"}])
+    row = next(row for row in random_rows(DPO(), random.Random(0), 9) if row.kind == "pair")
+    row.label, row.weight = 0.2, 3.0
+    grads = []
+    for soft in (True, False):  # without soft labels `build` makes two pairs of it
+        layout = build([row], [0], "pairs", 0, soft_labels=soft).layout
+        tokens = {"policy": torch.full((len(layout.token_edge),), -0.5).double().requires_grad_(), "reference": floats([-0.5] * len(
+            layout.token_edge))}
+        batch = scored(mixture, layout, tokens)
+        term = mixture(batch).terms[1]
+        total = total_weights(mixture, layout)
+        assert total["sft_nll"] == pytest.approx(3 * (0.2 * layout.lengths[0] + 0.8 * layout.lengths[1]).item())
+        loss = reduce_terms(batch, Terms([term]), total)[0]
+        grads.append(torch.autograd.grad(loss, tokens["policy"])[0])
+        of = [grads[-1][layout.token_edge == e] for e in (0, 1)]
+        assert of[1].min() == of[1].max() == pytest.approx(4 * of[0].max().item()) and of[0].max() < 0
+    torch.testing.assert_close(*grads)
 
 
 def test_a_single_part_of_weight_one_is_that_objective():

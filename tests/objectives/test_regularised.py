@@ -19,6 +19,7 @@ from prefopt.objectives.pairwise import DPO, IPO
 from prefopt.objectives.reference_free import SimPO
 from prefopt.objectives.regularised import AlphaDPO, AlphaPO, ConstrainedPO, LengthRegularisedDPO, RegularizedPO
 from prefopt.objectives.reweighted import ISDAA, WPO
+from prefopt.training.metrics import Averages, pair_metrics
 
 
 def loss_of(objective, batch):
@@ -162,16 +163,24 @@ def test_margin_is_bounded():
     assert loss_of(objective, one_unit(objective, names)).item() == pytest.approx(math.log1p(math.exp(2.0)))
 
 
-def test_shares_of_misranked_pairs():
-    objective = ConstrainedPO()
-    layout, tokens = pairs_of([
-        {"w": -3.0, "l": -2.0, "rw": -4.0, "rl": -2.0},  # d_ref < d < 0: DPO has what it wants
-        {"w": -3.0, "l": -2.0, "rw": -2.0, "rl": -2.0},  # d < 0, and DPO is still at work
-        {"w": -2.0, "l": -3.0, "rw": -4.0, "rl": -2.0},
-        {"w": -2.0, "l": -3.0, "rw": -2.0, "rl": -3.0},
-    ])
-    metrics = objective(scored(objective, layout, tokens)).metrics
-    assert metrics["misranked"].tolist() == [1, 1, 0, 0] and metrics["undesirable"].tolist() == [1, 0, 0, 0]
+@pytest.mark.parametrize("objective", [ConstrainedPO(), DPO(), SimPO()], ids=lambda o: type(o).__name__)
+def test_every_run_on_pairs_logs_the_shares_of_misranked_ones(objective):
+    cases = [
+        ({"w": -3.0, "l": -2.0, "rw": -4.0, "rl": -2.0}, (1, 1)),  # d_ref < d < 0: DPO has what it wants
+        ({"w": -3.0, "l": -2.0, "rw": -2.0, "rl": -2.0}, (1, 0)),  # d < 0, and DPO is still at work
+        ({"w": -3.0, "l": -2.0, "rw": -4.0, "rl": -3.0}, (1, 0)),  # where the policy starts: rounding is not past it
+        ({"w": -2.0, "l": -3.0, "rw": -4.0, "rl": -2.0}, (0, 0)),
+    ]
+    for names, wanted in cases:
+        turned = {"w": names["l"], "l": names["w"], "rw": names["rl"], "rl": names["rw"]}
+        for seen, label in ((names, 1.0), (names, 0.7), (turned, 0.2)):  # a label below one half prefers the other side
+            layout, tokens = pairs_of([seen])
+            layout.pairs.label.fill_(label)
+            batch, averages = scored(objective, layout, tokens), Averages()
+            pair_metrics(objective, batch, averages)
+            found = averages.reduce(lambda t: t)
+            assert found["misranked"] == wanted[0]
+            assert found.get("undesirable") == (wanted[1] if "reference" in objective.quantities else None)
 
 
 # ---- optima on the bandit ----

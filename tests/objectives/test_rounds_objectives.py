@@ -248,6 +248,26 @@ def test_the_slow_copy_lags_behind(tmp_path):
     assert 0 < gaps[0] < 0.3 < gaps[1] < 1
 
 
+@pytest.mark.usefixtures("tiny_lm")
+def test_at_equal_rates_and_without_the_chase_both_adapters_are_those_of_dpo(tmp_path):
+    """Bit for bit. The slow copy follows after a step, so a checkpoint holds it as the policy was one step before."""
+    words = ["model=tiny-lm-lora", "model.lora.learning_rate=1e-2", "train.steps=3", "train.save_every=1", "train.keep_checkpoints=9"]
+    assert train(tmp_path / "ofs", "algo=ofs_dpo", "algo.alpha=0", "algo.eta=1", *words) == 0
+    assert train(tmp_path / "dpo", "algo=dpo", *words) == 0
+    ofs, dpo = ([load_file(tmp_path / name / "checkpoints" / f"step-00000{n}" / "weights.safetensors") for n in (1, 2, 3)]
+                for name in ("ofs", "dpo"))
+    slow = [load_file(tmp_path / "ofs" / "checkpoints" / f"step-00000{n}" / "slow.safetensors") for n in (1, 2, 3)]
+
+    def bits(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [state[name] for name in sorted(state)]
+
+    for n in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(bits(ofs[n]), bits(dpo[n]), strict=True))
+    for n in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(bits(slow[n]), bits(dpo[n - 1]), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(bits(dpo[0]), bits(dpo[1]), strict=True))
+
+
 # ---- several domains ------------------------------------------------------------------------------------
 
 
@@ -329,11 +349,27 @@ def test_merged_adapters_add_up(tmp_path):
         parts = {"x.lora_A.weight": torch.randn(rank, 5, generator=generator), "x.lora_B.weight": torch.randn(3, rank, generator=generator)}
         runs.append(finished(tmp_path / f"{rank}", parts, f'{{"r": {rank}, "lora_alpha": {alpha}, "base_model_name_or_path": "m"}}'))
         changes.append(alpha / rank * parts["x.lora_B.weight"] @ parts["x.lora_A.weight"])
+    assert main(["merge", *runs, "weights=[1,0]", f"output={tmp_path / 'first'}"]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (Path(runs[0]) / "model" / name).read_bytes(), "the first domain's, bit for bit"
     assert main(["merge", *runs, "weights=[0.5,0.7]", f"output={tmp_path / 'both'}"]) == 0
     made = load_file(tmp_path / "both" / "adapter_model.safetensors")
     about = (tmp_path / "both" / "adapter_config.json").read_text()
     assert '"r": 6' in about and '"lora_alpha": 6' in about
     torch.testing.assert_close(made["x.lora_B.weight"] @ made["x.lora_A.weight"], 0.5 * changes[0] + 0.7 * changes[1])
+
+
+def test_layers_trained_whole_beside_an_adapter_need_weights_that_add_up_to_one(tmp_path, capsys):
+    runs, heads = [], [torch.full((2, 2), 1.0), torch.full((2, 2), 3.0)]
+    for i, head in enumerate(heads):
+        parts = {"x.lora_A.weight": torch.ones(2, 5), "x.lora_B.weight": torch.ones(3, 2), "base_model.model.lm_head.weight": head}
+        runs.append(finished(tmp_path / f"{i}", parts, '{"r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head"]}'))
+    assert main(["merge", *runs, "weights=[0.25,0.75]", f"output={tmp_path / 'both'}"]) == 0
+    made = load_file(tmp_path / "both" / "adapter_model.safetensors")
+    assert torch.equal(made["base_model.model.lm_head.weight"], torch.full((2, 2), 2.5))
+    assert main(["merge", *runs, "weights=[1,0.5]", f"output={tmp_path / 'more'}"]) == 2 and not (tmp_path / "more").exists()
+    said = capsys.readouterr().err
+    assert "holds base_model.model.lm_head.weight, which was trained whole" in said and "the weights add up to 1.5" in said
 
 
 @pytest.mark.parametrize(("words", "said"), [

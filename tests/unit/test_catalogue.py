@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import prefopt.objectives
-from prefopt.config import catalogue
+from prefopt.config import catalogue, listing
 from prefopt.config.docstring import doc_parts
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
@@ -263,10 +263,10 @@ def test_inherited_keys():
 
 @pytest.mark.parametrize(("group", "name"), ITEMS, ids=["/".join(item) for item in ITEMS])
 def test_show(group, name):
-    text = catalogue.show_text(f"{group}={name}")
+    text = listing.show_text(f"{group}={name}")
     lines = text.splitlines()
     assert f"prefopt train algo={name}" in text or f"{group}={name}" in text.partition("Use\n")[2]
-    assert all(len(line) <= catalogue.WIDTH for line in lines if " " in line.strip())
+    assert all(len(line) <= listing.WIDTH for line in lines if " " in line.strip())
     if group == "algo":
         info = catalogue.algo_info(name)
         assert lines[0].startswith(f"{name}: ")
@@ -274,7 +274,7 @@ def test_show(group, name):
         assert all(f"  {term} = " in text for term in info.formula)
         assert all(f"algo.{key}: " in text for key in info.fields)
         assert any(line.startswith("  reference: ") for line in lines) == info.needs_reference
-        assert all(f"\n{title}\n" in text for title in ("Equation", *catalogue.SAID.values())), "a label is missing from the docstring"
+        assert all(f"\n{title}\n" in text for title in ("Equation", *listing.SAID.values())), "a label is missing from the docstring"
         assert all(f"prefopt train +experiment={found}" in text for found in catalogue.experiments(name))
         assert all(f"{key}={value}" in text for key, value in catalogue.brings(name).items())
     else:
@@ -287,7 +287,7 @@ def test_show(group, name):
 
 @pytest.mark.parametrize(("slug", "paper"), PUBLISHED, ids=[slug for slug, _ in PUBLISHED])
 def test_every_published_system_is_found(slug, paper):
-    text = catalogue.show_text(slug)
+    text = listing.show_text(slug)
     assert text.startswith((f"{slug}: ", *(f"{group}={slug}\n" for group in catalogue.GROUPS))) and paper in text
     assert len({arxiv for _, arxiv in PUBLISHED}) == len(PUBLISHED) == 36
 
@@ -319,23 +319,23 @@ def test_what_a_docstring_says():
 
 
 def test_show_finds_all_groups_and_suggests():
-    text = catalogue.show_text("bandit")
+    text = listing.show_text("bandit")
     assert "model=bandit\n" in text and "data=bandit\n" in text
     assert catalogue.find("bandit") == [("model", "bandit"), ("data", "bandit")]
     assert catalogue.find("data/bandit") == [("data", "bandit")]
     assert catalogue.find("IPO") == [("algo", "ipo")]
     with pytest.raises(UserError, match="named simpa; did you mean 'simpo'?"):
-        catalogue.show_text("simpa")
+        listing.show_text("simpa")
     with pytest.raises(UserError, match="algo=Simp does not exist; did you mean 'simpo'?"):
         catalogue.algo_info("Simp")
 
 
 @pytest.mark.parametrize("group", [None, *catalogue.GROUPS])
 def test_list(group):
-    lines = catalogue.list_text(group).splitlines()
+    lines = listing.list_text(group).splitlines()
     for name in catalogue.groups()[group] if group else [name for _, name in ITEMS]:
         assert any(line.split()[:1] == [name] for line in lines), name
-    assert max(map(len, lines)) <= catalogue.WIDTH
+    assert max(map(len, lines)) <= listing.WIDTH
 
 
 def _slugs(text: str) -> list[str]:
@@ -344,14 +344,14 @@ def _slugs(text: str) -> list[str]:
 
 
 def test_list_is_grouped_by_what_methods_read():
-    blocks = [block.splitlines() for block in catalogue.list_text("algo").split("\n\n")[1:]]
+    blocks = [block.splitlines() for block in listing.list_text("algo").split("\n\n")[1:]]
     infos = [catalogue.algo_info(slug) for slug in catalogue.groups()["algo"]]
     for head, *rows in blocks:
         view, _, said = head.partition(": ")
         assert said == catalogue.VIEWS[view]
         assert _slugs("\n".join(["titles", *rows])) == [info.slug for info in infos if info.view == view]
     assert [block[0].partition(":")[0] for block in blocks] == [v for v in catalogue.VIEWS if v in {info.view for info in infos}]
-    text = " ".join(catalogue.list_text("algo").split())
+    text = " ".join(listing.list_text("algo").split())
     assert "online_dpo 2402.04792 any Online DPO: DPO on pairs that the policy itself has written" in text
     assert "has labelled. Needs: reference, samples" in text
 
@@ -359,18 +359,18 @@ def test_list_is_grouped_by_what_methods_read():
 def test_list_filters():
     infos = {slug: catalogue.algo_info(slug) for slug in catalogue.groups()["algo"]}
     for view in {info.view for info in infos.values()}:
-        shown = _slugs(catalogue.list_command(["algo", "--view", view]))
+        shown = _slugs(listing.list_command(["algo", "--view", view]))
         assert shown == [slug for slug, info in infos.items() if info.view == view]
     for word, test in catalogue.NEEDS.items():
         wanted = {slug for slug, info in infos.items() if test(info)}
-        assert set(_slugs(catalogue.list_command([f"--needs={word}"]))) == wanted
-        assert set(_slugs(catalogue.list_command(["--needs", f"no-{word}", "algo"]))) == set(infos) - wanted
-    any_model = set(_slugs(catalogue.list_command(["algo", "--modality", "diffusion"])))
+        assert set(_slugs(listing.list_command([f"--needs={word}"]))) == wanted
+        assert set(_slugs(listing.list_command(["--needs", f"no-{word}", "algo"]))) == set(infos) - wanted
+    any_model = set(_slugs(listing.list_command(["algo", "--modality", "diffusion"])))
     assert {"dpo", "simpo", "kto", "lipo"} <= any_model and not {"sft", "orpo", "ld_dpo", "grpo"} & any_model
     assert all(info.token_level or info.proper_likelihood or slug in any_model for slug, info in infos.items()
                if all(set(q) <= {"logp", "reward", "token_logp"} for q in info.quantities.values()) and not info.extra)
-    assert set(_slugs(catalogue.list_command(["--modality=llm"]))) == set(infos)
-    assert catalogue.list_command(["algo", "--view", "demonstrations", "--needs", "reference"]) == "no method fits"
+    assert set(_slugs(listing.list_command(["--modality=llm"]))) == set(infos)
+    assert listing.list_command(["algo", "--view", "demonstrations", "--needs", "reference"]) == "no method fits"
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_list_filters():
 )
 def test_bad_list_words(argv, message):
     with pytest.raises(UserError) as caught:
-        catalogue.list_command(argv)
+        listing.list_command(argv)
     assert message in str(caught.value)
 
 
@@ -434,7 +434,7 @@ def test_docs_check_sees_a_stale_file(tmp_path, monkeypatch):
 def test_imports_nothing_heavy():
     """A subprocess, because this one has torch loaded already."""
     code = (
-        "import sys, prefopt.config.catalogue as c, prefopt.config.doctor as d; c.list_text(); c.list_text('algo'); "
+        "import sys, prefopt.config.listing as c, prefopt.config.doctor as d; c.list_text(); c.list_text('algo'); "
         "c.show_text('dpo'); d.doctor_text(); "
         "assert not {'torch', 'hydra', 'omegaconf', 'transformers'} & set(sys.modules)"
     )

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from prefopt.config import catalogue, doctor
+from prefopt.config import catalogue, doctor, listing
 from prefopt.config.compose import check_together, rephrase, typed
 from prefopt.errors import UserError
 from tests.toy import micro, oracle, pair, policy, save_model
@@ -79,12 +79,12 @@ def test_typos(word, sentence):
 
 
 def test_show_and_list_know_adapters_and_hide_what_is_only_inherited():
-    listed = catalogue.list_text("model")
-    assert "qwen2.5-0.5b-instruct" in listed and "_hub" not in listed + catalogue.list_text("data")
-    assert "model.quantize: 4bit" in catalogue.show_text("qlora")
+    listed = listing.list_text("model")
+    assert "qwen2.5-0.5b-instruct" in listed and "_hub" not in listed + listing.list_text("data")
+    assert "model.quantize: 4bit" in listing.show_text("qlora")
     with pytest.raises(UserError, match="model=gemma2-2b-it adapter=qlora"):
-        catalogue.show_text("gemma2-2b-it-qlora")
-    assert "model.attention: auto" in catalogue.show_text("gemma2-9b-it")
+        listing.show_text("gemma2-2b-it-qlora")
+    assert "model.attention: auto" in listing.show_text("gemma2-9b-it")
 
 
 # ---- four bits ----

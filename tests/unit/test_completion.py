@@ -30,7 +30,7 @@ def complete(line: str, point: int | None = None) -> list[str]:
     ("prefopt train optim.we", ["optim.weight_decay="]),
     ("prefopt train model.lo", ["model.lora."]),
     ("prefopt train model.lora.a", ["model.lora.adapter=", "model.lora.alpha="]),
-    ("prefopt train algo=simpo algo.", ["algo.beta=", "algo.gamma=", "algo.label_smoothing="]),
+    ("prefopt train algo=simpo algo.", ["algo.beta=", "algo.gamma=", "algo.label_smoothing=", "algo.link="]),
     ("prefopt train optim.schedule=", ["optim.schedule=constant", "optim.schedule=cosine", "optim.schedule=linear"]),
     ("prefopt train model.gradient_checkpointing=t", ["model.gradient_checkpointing=true"]),
     ("prefopt train +experiment=simpo_l", ["+experiment=simpo_llama3-8b", "+experiment=simpo_llama3-8b-instruct"]),

@@ -11,8 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefopt.cli import main
-from prefopt.config.catalogue import load_yaml
-from prefopt.config.schema import OptimConfig, SamplerConfig
+from prefopt.config.catalogue import algo_info, load_yaml
+from prefopt.config.compose import _check_extra
+from prefopt.config.schema import ModelConfig, OptimConfig, SamplerConfig, TrainConfig
 from prefopt.data import tiny_feedback
 from prefopt.data.batch import Row, build, split_step
 from prefopt.data.dataset import make_dataset
@@ -325,6 +326,17 @@ def test_a_run_with_stored_scores_is_a_run_with_live_ones(slug, tmp_path):
 def test_what_cannot_be_made_is_refused_at_composition(words, said, tmp_path, capsys):
     assert train(tmp_path / "run", "algo=srpo", *words) == 2
     assert re.search(said, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize("quantities", [{"policy": ("token_logp", "divergence"), "reference": ("token_logp",)},
+                                        {"policy": ("token_logp",), "reference": ("token_logp", "layers")}])
+def test_states_of_sequences_that_the_policy_does_not_score_are_refused(quantities):
+    info = algo_info("t_reg")
+    cfg = TrainConfig(algo={}, model=ModelConfig(name="m"), data=data_config())
+    assert "policy" not in info.extra_scorers and _check_extra(cfg, info) is None
+    with pytest.raises(UserError, match=r"the policy does not score the extra sequences \(chosen_if_better.*put `policy` among"):
+        _check_extra(cfg, replace(info, quantities=quantities))
+    assert _check_extra(cfg, replace(info, quantities=quantities, extra_scorers=("policy", "reference"))) is None
 
 
 def test_data_check_shows_them(capsys):

@@ -216,6 +216,30 @@ def test_a_guides_log_probs_are_stored_like_a_references(tmp_path, capsys, monke
 
 
 @pytest.mark.usefixtures("tiny_lm")
+def test_a_teachers_values_are_stored_token_by_token(tmp_path, capsys, monkeypatch):
+    """They are those of a teacher that is run along, and others for another weight."""
+    monkeypatch.setenv("PREFOPT_STORE", str(tmp_path / "store"))
+    guide = tmp_path / "guide"
+    assert train(guide, "algo=dpo", "optim.lr=1e-3") == 0
+    words = ["algo=tvkd", "stages=none", f"teacher.path={guide}"]
+    live, stored, other = tmp_path / "live", tmp_path / "stored", tmp_path / "other"
+    assert train(live, *words, "reference.store=off") == 0
+    capsys.readouterr()
+    assert train(stored, *words) == 0
+    assert "teacher: stored (0 of 80 replies were there)" in capsys.readouterr().err
+    assert train(other, *words, "algo.alpha=0.5") == 0
+    assert "teacher: stored (0 of 80 replies were there)" in capsys.readouterr().err
+    identities = [json.loads((run / "manifest.json").read_text())["teacher_store"]["identity"] for run in (stored, other)]
+    assert [i["quantity"] for i in identities] == ["value, weight 0.7, temperature 1", "value, weight 0.5, temperature 1"]
+    rows = {run.name: read_jsonl(run / "metrics.jsonl") for run in (live, stored, other)}
+    for a, b in zip(rows["live"], rows["stored"], strict=True):
+        for name in ("loss", "grad_norm", "reward/margin"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (name, a["step"])
+    assert rows["other"][0]["loss"] != pytest.approx(rows["stored"][0]["loss"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("tiny_lm")
 @pytest.mark.parametrize("slug", ["tdpo", "tvkd_kl", "align_distil"])
 def test_runs_of_language_models(tmp_path, slug):
     """A LoRA run that learns from finished LoRA runs; TDPO with a reference that is the adapter switched off."""

@@ -9,9 +9,12 @@ from tokenizers import processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5ForConditionalGeneration
 
 from prefopt.config.schema import TrustConfig
+from prefopt.data.sources import Split
+from prefopt.data.transforms import Tools, apply_transforms
 from prefopt.errors import UserError
-from prefopt.policies.text_encoder import TextSimilarity
-from tests.toy import tokenizer
+from prefopt.policies.text_encoder import BATCH, TextSimilarity, identity_of
+from tests.toy import data_config, tokenizer
+from tests.toy import pair as toy_pair
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 PAIRS = [("at the lake there is a fox", "a fox"), ("an owl", "an owl"), ("two and two make four, three and three make six", "six " * 40)]
@@ -45,7 +48,28 @@ def test_similarities_do_not_depend_on_the_batch(kind, tmp_path):
     assert together == pytest.approx([alike([p])[0] for p in PAIRS], abs=1e-5)
     assert together[1] == pytest.approx(1, abs=1e-6) and -1 <= min(together) and together[0] < 0.999
     assert alike.cut >= 2  # the long texts, once in each call
-    assert len(alike.source["fingerprint"]) == 64
+    assert len(identity_of(str(tmp_path / kind))["fingerprint"]) == 64
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_a_reply_that_is_its_prompt_weighs_exactly_one(kind, tmp_path, monkeypatch):
+    """exp(-alpha d) with d = 1 - cosine, which a rounded cosine must not make 0.9999999."""
+    monkeypatch.setenv("PREFOPT_STORE", str(tmp_path / "store"))
+    alike, said = encoder(saved(tmp_path / kind, kind)), [f"a fox and {n} owls by the lake" for n in range(40)]
+    rows = [toy_pair(text, text, "a fox") for text in said] + [toy_pair("a fox", "an owl at night", "no")]
+    split = Split("train", rows)
+    settings = {"similarity_weight": {"alpha": 50.0, "encoder": "own"}}
+    apply_transforms([split], data_config(transforms=settings), 0, Tools(similarity={"own": alike}.get))
+    assert [e.weight for e in split.examples[:-1]] == [1.0] * len(said) and split.examples[-1].weight < 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_vectors_are_what_similarities_are_made_of(kind, tmp_path):
+    alike, texts = encoder(saved(tmp_path / kind, kind)), [f"{word} and {n} owls" for word in ("a fox", "two") for n in range(50)]
+    vectors = alike.vectors(texts)
+    assert len(vectors) == len(texts) > BATCH
+    found = F.cosine_similarity(vectors[:50], vectors[50:]).tolist()
+    assert found == pytest.approx(alike(list(zip(texts[:50], texts[50:], strict=True))), abs=1e-5)
 
 
 def test_an_encoder_is_read_by_the_mean_of_its_states(tmp_path):

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import random
+import threading
 from collections import Counter
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from prefopt.data import tiny_feedback
 from prefopt.data.records import Example, parse_row
 from prefopt.data.rejection import acceptance, rejection_sample
 from prefopt.data.sources import Split, load_data
-from prefopt.data.transform_kinds import KINDS, cosine
+from prefopt.data.transform_kinds import KINDS, cached, cosine
 from prefopt.data.transforms import Tools, apply_transforms, check_transforms, transform_lines
 from prefopt.errors import UserError
 from prefopt.evaluation.data_check import check_text
@@ -102,6 +103,19 @@ def test_filter_keeps_what_is_within_all_ranges():
     assert run(rows, {"filter": {"gap": [0, 2]}}).transforms[0]["changed"] == {"left out by gap": 2}
 
 
+def test_pairs_are_left_out_whose_ratings_disagree():
+    """The mean of a list counts; equal means agree; and the copies that reward_augment makes of the others stay."""
+    rated = [([4, 2], [1, 5]), ([4, 4, 1], 2.5), (1, 2), ([5, 1, 1], [3])]
+    rows = [pair(i, (7, 3), fine_grain_score_chosen=w, fine_grain_score_rejected=r) for i, (w, r) in enumerate(rated)]
+    made = run(rows, {"agree": {}})
+    assert [e.origin for e in made.examples] == ["row 0", "row 1"]
+    assert transform_lines(made) == [("agree", "4 rows -> 2; 2 left out, for their ratings disagree")]
+    assert len(run(rows, {"agree": None, "reward_augment": {}}).examples) == 4
+    assert len(run(rows, {"agree": {"chosen": "fine_grain_score_rejected", "rejected": "fine_grain_score_chosen"}}).examples) == 3
+    assert "finds 5 and None; name the columns: data.transforms.agree" in refused([pair(fine_grain_score_chosen=5)], {"agree": {}})
+    assert "finds [5, 'N/A'] and 1" in refused([pair(fine_grain_score_chosen=[5, "N/A"], fine_grain_score_rejected=1)], {"agree": {}})
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 2.5, 100])
 def test_easy_and_hard_pairs_are_a_partition(threshold):
     rows = [pair(i, (random.Random(i).uniform(0, 5), 2.5)) for i in range(40)] + [pair(40, (1, 1))]
@@ -132,6 +146,10 @@ def test_mix_takes_a_share_or_a_count_of_another_file(tmp_path):
     share = mixed(share=0.25)
     assert len(share.examples) == 40 and share.examples[:30] == rows
     assert share.transforms[0]["changed"] == {"bad rows left out": 1, f"from {other}": 10}
+    ties = [json.dumps({"prompt": f"tie {i}", "completions": ["yes", "no"], "scores": [1, 1]}) for i in range(3)]
+    other.write_text("\n".join([*lines, *ties]))
+    assert mixed().transforms[0]["changed"] == {"bad rows left out": 3, f"from {other}": 20}, "ties are counted with them"
+    other.write_text("\n".join([*lines, "{oops"]))
     assert "45 rows are asked for, and" in refused(rows, {"mix": {"path": str(other), "share": 0.6}}, on_bad_row="skip")
     assert "malformed JSON" in refused(rows, {"mix": {"path": str(other)}})
 
@@ -188,6 +206,25 @@ def test_scores_are_asked_once_and_kept():
     assert [c.text for c in run([long], {"score": {"path": "runs/a"}}, tools).examples[0].completions] == ["bbb", "cc", "a"]
 
 
+def test_of_several_that_want_an_answer_one_computes_it():
+    begun, asked, found = threading.Barrier(4), [], []
+
+    def compute():
+        asked.append(1)
+        return [0.5]
+
+    def want():
+        begun.wait(60)
+        found.append(cached("scores", "m", ["text"], compute))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [[0.5]] * 4 and asked == [1]
+
+
 def test_without_models_the_rest_is_left_out_and_said():
     made = run([pair(scores=(3, 1))], {"swap": {}, "score": {}, "margin": {}}, tools=None)
     assert len(made.transforms) == 2 and made.examples[0].margin == 0
@@ -235,9 +272,15 @@ def test_similarity_weights():
     assert cosine("", "x") == 0 and cosine("The fox the", "fox THE the.") == 1
 
     asked = []
-    tools = Tools(similarity=lambda name: lambda pairs: asked.append((name, len(pairs))) or [0.7] * len(pairs))
+
+    def encoder(pairs):
+        asked.append(("clip", len(pairs)))
+        encoder.cut = 1
+        return [0.7] * len(pairs)
+
     for _ in range(2):
-        made = run(rows[1:], {"similarity_weight": {"alpha": 2, "encoder": "clip"}}, tools)
+        made = run(rows[1:], {"similarity_weight": {"alpha": 2, "encoder": "clip"}}, Tools(similarity={"clip": encoder}.get))
+        assert made.transforms[0]["changed"]["texts cut to the encoder's context"] == 1
         assert made.examples[0].weight == pytest.approx(0.548812, abs=1e-6)
     assert asked == [("clip", 1)]  # the second time it was on disk
 
@@ -313,9 +356,9 @@ def test_what_is_kept_is_drawn_from_the_tilted_policy():
     """pi* proportional to pi exp(r / beta), for large pools."""
     pi, reward, beta, rng = [0.3, 0.3, 0.2, 0.15, 0.05], [0.0, 0.4, 0.8, 1.2, 1.6], 0.5, random.Random(0)
     target = [p * math.exp(r / beta) for p, r in zip(pi, reward, strict=True)]
-    counts, draws = Counter(), 10_000
+    counts, draws = Counter(), 100_000
     for _ in range(draws):
-        pool = rng.choices(range(5), pi, k=96)
+        pool = rng.choices(range(5), pi, k=16)
         counts[pool[rejection_sample([reward[y] for y in pool], 1, beta, rng)[0]]] += 1
     found = [counts[y] / draws for y in range(5)]
     assert sum(abs(f - t / sum(target)) for f, t in zip(found, target, strict=True)) / 2 < 0.03
