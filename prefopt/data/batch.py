@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,10 @@ class Row:
 
     def size(self, view: str, layout: str, share: bool = True) -> tuple[int, int]:
         """(sequences, tokens of the longest): in `rows` each edge is a sequence, in `trees` and `packed` all under one prompt are one and
-        may `share` it; what is packed counts as one of all its tokens. Extra sequences count, whoever scores them."""
+        may `share` it; what is packed counts as one of all its tokens. Extra sequences count, whoever scores them. Of pictures in
+        `draws` each draw counts as a token."""
+        if layout == "draws":  # pictures: each draw is one pass through the network
+            return 1, sum(branch.trained for branch in self.edges(view))
         trees = [(len(tree.prompt), [len(b.ids) for b in tree.branches]) for tree in self.trees(view)]
         if layout == "rows":
             return sum(len(edges) for _, edges in trees), max(prompt + max(edges) for prompt, edges in trees)
@@ -97,6 +101,7 @@ class MicroBatch:
     extra: Tensor | None = None  # [E] bool: extra sequences of pairs; None: there are none
     # scorer -> what need not be computed of it, by quantity: `token_logp` [N], or `logp` [E]
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    made: Any = None  # what the policy has made of it that the reference needs too
 
     @property
     def tokens(self) -> int:
@@ -115,7 +120,7 @@ class MicroBatch:
         if bool(keep.all()):
             return self
         trained, lengths = self.trained[keep], self.layout.lengths[keep]
-        token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        token_edge = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), trained.sum(1))
         layout, tokens = Batch(lengths, token_edge, {}), keep[self.layout.token_edge]
         stored = {s: {q: t[tokens if q == "token_logp" else keep] for q, t in qs.items()} for s, qs in self.stored.items()}
         extra = None if self.extra is None else self.extra[keep]
@@ -191,9 +196,18 @@ def split_step(
         least = load.index(min(load))
         ranks[least].append(row)
         load[least] += math.prod(sizes[row])
-    cut = [_cut_evenly(mine, sizes, budget, layout == "packed") for mine in ranks]
+    cut = [[part for same in _by_frame(rows, mine) for part in _cut_evenly(same, sizes, budget, layout in ("packed", "draws"))]
+           for mine in ranks]
     most = max(len(micro) for micro in cut)
     return [micro + [[] for _ in range(most - len(micro))] for micro in cut]
+
+
+def _by_frame(rows: Sequence[Row], chosen: list[int]) -> list[list[int]]:
+    """Pictures of different shapes are computed apart; texts are all of one."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row in chosen:
+        found.setdefault(rows[row].tokens.frame, []).append(row)
+    return [found[frame] for frame in sorted(found)] or [[]]
 
 
 def _cut_evenly(rows: list[int], sizes: dict[int, tuple[int, int]], budget: int, packed: bool) -> list[list[int]]:

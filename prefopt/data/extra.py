@@ -19,6 +19,7 @@ SIDES = ("chosen", "rejected")
 REVISE = "Please revise this answer. Write an improved version of it."
 BETTER = "Please revise this answer to make it more helpful, correct, coherent and concise."
 WORSE = "Please revise this answer to make it less helpful, correct, coherent and concise."
+LESS_LIKED = "a picture that people like less"
 COMPARE = "{question}\n\nThe answer above:\n{chosen}\n\nThe answer below:\n{rejected}\n\nWhich of the two answers is better, and why?"
 
 
@@ -29,11 +30,14 @@ class Extra:
     aligned: the side of the pair (0 chosen, 1 rejected) whose trained tokens it must have, because the objective compares them token by
              token; None: it may have any.
     once:    the row holds the text, so it must make one pair only.
+    beside:  a picture, to be scored at the very draws of its row's own pictures; `make` leaves the prompt as it is, and the reply says what
+             its caption is.
     """
 
     make: Callable[[Example], tuple[list[Message], list[Message]]]
     aligned: int | None = None
     once: bool = False
+    beside: bool = False
 
 
 def sequences(
@@ -54,8 +58,10 @@ def sequences(
             if how.once and len(pairs) > 1:
                 raise BadRow(f"it makes {len(pairs)} pairs and has one {name}; set data.pairs=best_worst")
             prompt, reply = how.make(pair)
-            try:
-                made = tokenise(Example(prompt, [Completion(reply)], "extra", chat=example.chat, origin=example.origin))
+            try:  # with what stands beside it, which makes the same group of pictures
+                shown = [Completion(reply), *(example.completions if how.beside else ())]
+                made = tokenise(Example(prompt, shown, "extra", chat=example.chat, origin=example.origin))
+                made = replace(made, branches=made.branches[:1], cut_completions=made.cut_completions[:1])
             except BadRow as reason:
                 raise BadRow(f"the extra sequence {name}: {reason}") from reason
             if how.aligned is not None and _trained(made.branches[0]) != _trained(own.branches[places[how.aligned]]):
@@ -64,6 +70,17 @@ def sequences(
                              "data.max_completion_tokens, or set data.render=chat")
             out.append(made)
     return out
+
+
+def captions_of(examples: Sequence[Example], names: Sequence[str]) -> list[Example]:
+    """The further captions that the extra pictures `names` of rows will be scored under, as prompts: they are encoded beforehand."""
+    texts: dict[str, None] = {}
+    for how in (EXTRA[name] for name in names if name in EXTRA and EXTRA[name].beside):
+        for example in examples:
+            for side in (c for c in example.completions if c.picture):
+                _, (said,) = how.make(replace(example, completions=[side, side], kind="pair"))
+                texts[said.text] = None
+    return [Example([_user(text)], [], "prompt", chat=False) for text in texts]
 
 
 def _trained(branch: Branch) -> list[int]:
@@ -102,6 +119,20 @@ def _degraded(side: int, level: int, pair: Example) -> tuple[list[Message], list
     return pair.prompt, [*earlier, replace(last, content=[{"type": "text", "text": degraded(last.text, level)}])]
 
 
+def less_liked(caption: str) -> str:
+    """A caption that says its picture is liked less than it might be, after ABC."""
+    return f"{caption.rstrip(' .')}; {LESS_LIKED}"
+
+
+def _under_suffix(side: int, pair: Example) -> tuple[list[Message], list[Message]]:
+    """A picture of the pair under its own caption with a suffix."""
+    shown = pair.completions[side]
+    if not shown.picture:
+        raise BadRow("it is a text, and this algorithm is about pictures")
+    caption = less_liked(shown.text.strip() or pair.prompt_text)
+    return pair.prompt, [Message("assistant", [{"type": "text", "text": caption}, shown.picture], train=True)]
+
+
 EXTRA: dict[str, Extra] = {
     # SRPO: reply b as the revision of reply a
     **{f"{SIDES[b]}_from_{SIDES[a]}": Extra(partial(_rewritten, a, b, REVISE)) for a in (0, 1) for b in (0, 1)},
@@ -110,6 +141,8 @@ EXTRA: dict[str, Extra] = {
        for y in (0, 1) for way, request in (("better", BETTER), ("worse", WORSE))},
     # preference learning with rationales
     "rationale": Extra(_rationale, once=True),
+    # ABC: a picture under the caption of less liked pictures
+    **{f"{side}_less_liked": Extra(partial(_under_suffix, y), beside=True) for y, side in enumerate(SIDES)},
     # SPO (self-supervised)
     **{f"{side}_degraded_{level}": Extra(partial(_degraded, y, level)) for y, side in enumerate(SIDES) for level in (1, 2)},
 }

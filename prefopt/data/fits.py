@@ -42,7 +42,7 @@ def check_data(cfg: TrainConfig) -> None:
     info = described(cfg.algo, cfg.trust.packages)
     if cfg.data.source in ("files", "hub") and not cfg.data.rows:
         check_columns(cfg.data, info.view)
-    if cfg.data.source == "files" and (example := first_example(cfg.data)):
+    if cfg.data.source == "files" and (example := first_example(cfg.data, cfg.trust)):
         check_use(example, cfg.data, info.view, info.columns)
 
 

@@ -11,6 +11,8 @@ Optional per-row columns: weight, margin; chosen_score and rejected_score of a p
 rejected_logp, the log-probs (nats, token sums) of a pair's replies under the policy that wrote them; rationale of a pair or a ranking: a
 text that says why the best completion is better.
 A completion may be a list of texts: the steps of its reasoning, each of which begins a line.
+A completion may be an image: {"image": PATH}, where PATH is a file, or {"path": ..., "row": ..., "column": ...} in a parquet file. It may
+have "ops", operations on its pixels (`prefopt.data.pictures`), and a "caption" of its own; otherwise the prompt is its caption.
 A row that fits none raises `BadRow` with the reason.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,6 +45,11 @@ class Message:
     def text(self) -> str:
         return "".join(part["text"] for part in self.content if part["type"] == "text")
 
+    @property
+    def picture(self) -> dict[str, Any] | None:
+        """The image part, if there is one."""
+        return next((part for part in self.content if part["type"] == "image"), None)
+
     def plain(self) -> dict[str, str]:
         """The form chat templates take."""
         return {"role": self.role, "content": self.text}
@@ -58,6 +66,15 @@ class Completion:
     @property
     def text(self) -> str:
         return "\n".join(m.text for m in self.messages)
+
+    @property
+    def picture(self) -> dict[str, Any] | None:
+        """The image part, if this is an image; `text` is then its own caption, or empty."""
+        return next((m.picture for m in self.messages if m.picture), None)
+
+    def same_as(self, other: Completion) -> bool:
+        """Whether both say, or are named as, the same."""
+        return self.text == other.text and self.picture == other.picture
 
 
 @dataclass
@@ -115,7 +132,7 @@ def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str =
     for completion in example.completions:
         for message in completion.messages:
             message.train = message.role == "assistant"
-        if not all(m.text.strip() for m in completion.messages if m.train):
+        if not all(m.text.strip() or m.picture for m in completion.messages if m.train):
             raise BadRow("a completion is empty")
     return example
 
@@ -123,7 +140,8 @@ def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str =
 def _pair(value: dict[str, Any]) -> Example:
     chat = True
     sides = []
-    for key in ("chosen", "rejected"):
+    pictures = _pictures([value["chosen"], value["rejected"]])
+    for key in ("chosen", "rejected") if not pictures else ():
         raw = value[key]
         if isinstance(raw, str):
             dialogue = None if "prompt" in value else parse_dialogue(raw)
@@ -132,13 +150,17 @@ def _pair(value: dict[str, Any]) -> Example:
             sides.append(dialogue or [_message("assistant", raw)])
         else:
             sides.append(_steps(raw) or _messages(raw, key))
-    if all(side[0].role == "assistant" for side in sides) and "prompt" in value:
+    if pictures:
+        prompt, chat, sides = _caption(value), False, pictures
+    elif all(side[0].role == "assistant" for side in sides) and "prompt" in value:
         prompt, chat = _prompt(value["prompt"])
         if any(side[-1].role != "assistant" for side in sides):
             raise BadRow("a dialogue does not end with an assistant's turn")
     else:
         prompt, sides = _shared_prompt(sides)
-    if [m.plain() for m in sides[0]] == [m.plain() for m in sides[1]]:
+    if pictures and sides[0][0].content == sides[1][0].content:
+        raise BadRow("chosen and rejected are the same image")
+    if not pictures and [m.plain() for m in sides[0]] == [m.plain() for m in sides[1]]:
         raise BadRow("chosen and rejected are the same text")
     label = _number(value.get("label", 1.0), "label", low=0.0, high=1.0)
     scores = [_number(value[key], key) if key in value else None for key in ("chosen_score", "rejected_score")]
@@ -171,10 +193,11 @@ def _shared_prompt(sides: list[list[Message]]) -> tuple[list[Message], list[list
 def _ranking(value: dict[str, Any]) -> Example:
     if "prompt" not in value:
         raise BadRow("'completions' needs a prompt")
-    prompt, chat = _prompt(value["prompt"])
     raw = value["completions"]
     if not isinstance(raw, (list, tuple)) or len(raw) < 2:
         raise BadRow("'completions' is not a list of two or more")
+    pictures = _pictures(raw)
+    prompt, chat = (_caption(value), False) if pictures else _prompt(value["prompt"])
     key = "scores" if "scores" in value else "ranks"
     marks = value.get(key)
     if marks is None:
@@ -182,7 +205,8 @@ def _ranking(value: dict[str, Any]) -> Example:
     if not isinstance(marks, (list, tuple)) or len(marks) != len(raw):
         raise BadRow(f"there are {len(raw)} completions but {len(marks) if hasattr(marks, '__len__') else 'no list of'} {key}")
     scores = [_number(m, key) * (1 if key == "scores" else -1) for m in marks]
-    completions = [Completion(_completion_messages(c), score=s) for c, s in zip(raw, scores, strict=True)]
+    replies = pictures or [_completion_messages(c) for c in raw]
+    completions = [Completion(c, score=s) for c, s in zip(replies, scores, strict=True)]
     completions.sort(key=lambda c: -c.score)
     if completions[0].score == completions[-1].score:
         raise BadRow("all completions have the same score")
@@ -192,8 +216,9 @@ def _ranking(value: dict[str, Any]) -> Example:
 def _single(value: dict[str, Any]) -> Example:
     if "prompt" not in value:
         raise BadRow("'completion' needs a prompt")
-    prompt, chat = _prompt(value["prompt"])
-    completion = Completion(_completion_messages(value["completion"]))
+    pictures = _pictures([value["completion"]])
+    prompt, chat = (_caption(value), False) if pictures else _prompt(value["prompt"])
+    completion = Completion(pictures[0] if pictures else _completion_messages(value["completion"]))
     if "label" not in value:
         return Example(prompt, [completion], kind="demonstration", chat=chat)
     label = value["label"]
@@ -201,6 +226,72 @@ def _single(value: dict[str, Any]) -> Example:
         raise BadRow(f"label is {label!r}; for a single completion it is true or false")
     completion.desirable = bool(label)
     return Example(prompt, [completion], kind="unary", chat=chat)
+
+
+def is_picture(raw: Any) -> bool:
+    """Whether a row's side is an image: {"image": ...}, or a message with an image part."""
+    if isinstance(raw, (list, tuple)) and len(raw) == 1:
+        raw = raw[0]
+    if not isinstance(raw, dict):
+        return False
+    parts = raw.get("content")
+    return "image" in raw or isinstance(parts, (list, tuple)) and any(isinstance(p, dict) and p.get("type") == "image" for p in parts)
+
+
+def _pictures(sides: list[Any]) -> list[list[Message]]:
+    """The messages of sides that are images; none where they are not."""
+    if not any(map(is_picture, sides)):
+        return []
+    if not all(map(is_picture, sides)):
+        raise BadRow("some completions of the row are images and some are not")
+    return [[Message("assistant", _picture(side))] for side in sides]
+
+
+def _picture(side: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of an image: its own caption if it has one, and the image. `path` says where it is, or `image` holds it."""
+    if isinstance(side, (list, tuple)):
+        side = side[0]
+    if "content" in side:
+        if side.get("role") != "assistant":
+            raise BadRow(f"an image stands in a message of the role {side.get('role')!r}, not of the assistant")
+        images = [part for part in side["content"] if part.get("type") == "image"]
+        said = "".join(str(part.get("text", "")) for part in side["content"] if part.get("type") == "text")
+        if len(images) != 1:
+            raise BadRow(f"a completion has {len(images)} images; it must be one")
+        side = {"image": images[0], **({"caption": said} if said else {})}
+    if unknown := sorted(side.keys() - {"image", "caption", "ops"}):
+        raise BadRow(f"an image side has '{unknown[0]}', which nothing reads (known: image, caption, ops)")
+    image, caption, ops = side["image"], side.get("caption"), side.get("ops")
+    if isinstance(image, dict):
+        where = {k: v for k, v in image.items() if k in ("path", "row", "column", "index", "image") and v is not None}
+        ops = image.get("ops") if ops is None else ops
+    else:
+        where = {"path": str(image)} if isinstance(image, (str, Path)) else {"image": image}
+    if isinstance(where.get("path"), str) == hasattr(where.get("image"), "size"):
+        raise BadRow(f"an image is {str(image)[:40]!r}, not a path")
+    if ops is not None and (not isinstance(ops, (list, tuple)) or not all(isinstance(op, str) for op in ops)):
+        raise BadRow(f"the ops of an image are {str(ops)[:40]!r}, not a list of texts")
+    part = {"type": "image", **where, **({"ops": list(ops)} if ops else {})}
+    if caption is None:
+        return [part]
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadRow("an image's own caption is empty or no text")
+    return [{"type": "text", "text": caption}, part]
+
+
+def _caption(value: dict[str, Any]) -> list[Message]:
+    """The prompt of images: a text, or one user's message."""
+    raw = value.get("prompt")
+    if raw is None:
+        raise BadRow("an image needs a caption: there is no prompt")
+    if not isinstance(raw, str):
+        messages = _messages(raw, "prompt")
+        if len(messages) != 1 or messages[0].role != "user":
+            raise BadRow("the prompt of an image is a text or one user's message")
+        raw = messages[0].text
+    if not raw.strip():
+        raise BadRow("the caption is empty")
+    return [_message("user", raw)]
 
 
 def _rationale(raw: Any) -> str:

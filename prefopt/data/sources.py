@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.schema import DataConfig
-from prefopt.data import bandit, known, tiny_feedback
-from prefopt.data.records import BadRow, Example, NoPreference, parse_row
+from prefopt.config.schema import ColumnsConfig, DataConfig, TrustConfig
+from prefopt.data import bandit, emoji, known, picture_sources, pictures, tiny_feedback, tiny_pictures
+from prefopt.data.records import BadRow, Example, Message, NoPreference, parse_row
 from prefopt.errors import UserError
 
 RawRow = tuple[str, "dict | BadRow"]
@@ -40,18 +40,28 @@ class Split:
     transforms: list[dict[str, Any]] = field(default_factory=list)  # what each data transform did: name, rows before and after, counts
 
     def digest(self) -> str:
-        """sha256 over prompts, completions and labels, in order. Scores of pairs are left out: only transforms read them."""
+        """sha256 over prompts, completions and labels, in order. Scores of pairs are left out: only transforms read them. Images count with
+        their bytes."""
         h = hashlib.sha256()
         for e in self.examples:
             judged = [(None if e.kind == "pair" else c.score, c.desirable) for c in e.completions]
-            h.update(repr(([m.plain() for m in e.prompt], [[m.plain() for m in c.messages] for c in e.completions],
+            h.update(repr(([m.plain() for m in e.prompt], [[_told(m) for m in c.messages] for c in e.completions],
                            judged, e.label, e.weight, e.margin)).encode())
         return h.hexdigest()
 
 
-def load_data(cfg: DataConfig) -> tuple[Split, Split]:
+def _told(message: Message) -> Any:
+    if message.picture is None:
+        return message.plain()
+    try:
+        return message.plain(), pictures.identity(message.picture)
+    except BadRow as reason:  # a bad row, which is told where it would be used
+        return message.plain(), str(reason)
+
+
+def load_data(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Split, Split]:
     """(train, eval) examples. With `on_bad_row=stop` the first unusable row raises a `UserError` naming file, row and reason."""
-    train_rows, eval_rows, revision = _raw(cfg)
+    train_rows, eval_rows, revision = _raw(cfg, trust)
     train = _collect("train", train_rows, cfg, cfg.limit, revision)
     if eval_rows is not None:
         held_out = _collect("eval", eval_rows, cfg, cfg.eval_limit, revision)
@@ -71,13 +81,17 @@ def _first(split: Split) -> str:
 
 
 def _collect(name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | None, revision: str | None) -> Split:
-    split, columns = Split(name, [], revision=revision), asdict(cfg.columns)
-    as_canonical = known.ROWS[cfg.rows] if cfg.rows else None
+    split = Split(name, [], revision=revision)
+    columns = asdict(ColumnsConfig() if cfg.source == "picture_folders" else cfg.columns)  # there they are names of folders
+    as_canonical = known.ROWS.get(cfg.rows)  # those of images have been made where their files are known
     for origin, row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
-            split.examples += [parse_row(r, columns, origin) for r in (as_canonical(row) if as_canonical else [row])]
+            made = [parse_row(r, columns, origin) for r in (as_canonical(row) if as_canonical else [row])]
+            for example in made:
+                _check_pictures(example, cfg)
+            split.examples += made
         except NoPreference as reason:
             split.no_preference[str(reason)] += 1
         except BadRow as reason:
@@ -85,6 +99,17 @@ def _collect(name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | No
         if limit is not None and len(split.examples) >= limit:
             break
     return split
+
+
+def _check_pictures(example: Example, cfg: DataConfig) -> None:
+    has = bool(example.completions and example.completions[0].picture)
+    if has and not cfg.pictures:
+        raise UserError(f"{example.origin}: its completions are images; set data.pictures=true (as data=pictures does), and take a "
+                        "diffusion model")
+    if has:
+        pictures.check_row(example)
+    elif cfg.pictures and example.completions:
+        raise BadRow("its completions are texts, and data.pictures=true says that they are images")
 
 
 def reject(split: Split, origin: str, reason: str, cfg: DataConfig) -> None:
@@ -114,18 +139,27 @@ def _hold_out(train: Split, cfg: DataConfig) -> tuple[Split, Split]:
     return kept, held_out
 
 
-def _raw(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+def _raw(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
     if cfg.source == "tiny_feedback":
         def made(split: str, count: int) -> Iterator[RawRow]:
             rows = tiny_feedback.rows(split, count, 0, cfg.label_noise if split == "train" else 0.0,
                                       cfg.length_bias if split == "train" else 0.0, completions(cfg, split))
             return ((f"tiny-feedback {split} row {i + 1}", row) for i, row in enumerate(rows))
         return made("train", cfg.limit or 4000), made("eval", cfg.eval_limit or 256), None
+    if cfg.source == "tiny_pictures":
+        def drawn(split: str, count: int) -> Iterator[RawRow]:
+            noise = cfg.label_noise if split == "train" else 0.0
+            return _numbered(f"tiny-pictures {split}", tiny_pictures.rows(split, count, 0, noise, completions(cfg, split)))
+        return drawn("train", cfg.limit or 1000), drawn("eval", cfg.eval_limit or 128), None
+    if cfg.source == "emoji":
+        return *emoji.rows(cfg.path, cfg.eval_fraction), emoji.VERSION
+    if cfg.source == "picture_folders":
+        return _folders(cfg)
     if cfg.source == "bandit":
         return _numbered("bandit", bandit.pair_rows(cfg.label_noise)), _numbered("bandit", bandit.pair_rows(0.0)), None
     if cfg.source == "hub":
         return _hub(cfg)
-    return _files(cfg)
+    return _files(cfg, trust)
 
 
 READ_RANKINGS = ("pairs", "reject")  # kinds of transforms that do
@@ -157,6 +191,7 @@ def _hub(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, st
             f"data.path={cfg.path} could not be loaded ({type(error).__name__}: {_line(error)}). "
             "Check the name and the network, or download it and use data=jsonl data.path=FILE with the same columns."
         ) from error
+    picture_sources.refuse_hub_images(next(iter(loaded.values())), cfg.path)
     tables = {split: (table, range(len(table))) for split, table in loaded.items()}
     column = known.SPLIT_COLUMN.get(cfg.rows)
     if len(loaded) == 1 and column in (table := next(iter(loaded.values()))).column_names:
@@ -183,17 +218,29 @@ def _commit(table: Any) -> str | None:
     return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
-def _files(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+def _folders(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+    """Rows of folders of images with captions."""
+    if not cfg.path:
+        raise UserError(f"data={cfg.name}: data.path is not set; give a folder of images")
+    root, columns = Path(cfg.path).expanduser(), asdict(cfg.columns)
+    train = picture_sources.folder(root / cfg.train if cfg.train else root, columns, "data.train" if cfg.train else "data.path")
+    return train, picture_sources.folder(root / cfg.eval, columns, "data.eval") if cfg.eval else None, None
+
+
+def _files(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
     if not cfg.path:
         raise UserError(f"data={cfg.name}: data.path is not set; give a file, a folder or a glob")
     root = Path(cfg.path).expanduser()
+    if root.is_file() and cfg.train:
+        raise UserError(f"data.path={root} is a file, and data.train={cfg.train} names one in a folder; set data.train=null data.eval=null")
     train = _expand(root / cfg.train if cfg.train else root, "data.train" if cfg.train else "data.path")
     held_out = None
     if cfg.eval:
         held_out = _expand(root / cfg.eval if root.is_dir() else Path(cfg.eval).expanduser(), "data.eval")
         apart = {f.resolve() for f in held_out}
         train = [f for f in train if f.resolve() not in apart]
-    chain = lambda files: (pair for file in files for pair in read_file(file))  # noqa: E731
+    trusted = bool(trust and trust.paths)
+    chain = lambda files: (pair for file in files for pair in picture_sources.of_table(file, read_file(file), cfg, trusted))  # noqa: E731
     return chain(train), chain(held_out) if held_out else None, None
 
 
@@ -204,11 +251,13 @@ def check_files(cfg: DataConfig) -> None:
     """Raises `UserError` if `cfg` names files and they are not there. Reads none of them."""
     if cfg.source == "files":
         _files(cfg)
+    elif cfg.source == "picture_folders":
+        _folders(cfg)
 
 
-def first_example(cfg: DataConfig) -> Example | None:
+def first_example(cfg: DataConfig, trust: TrustConfig | None = None) -> Example | None:
     """The first usable row of the files that `cfg` names. Bad rows before it are met as `data.on_bad_row` says."""
-    return next(iter(_collect("train", _files(cfg)[0], cfg, 1, None).examples), None)
+    return next(iter(_collect("train", _files(cfg, trust)[0], cfg, 1, None).examples), None)
 
 
 def _expand(path: Path, key: str) -> list[Path]:
@@ -233,13 +282,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
     """Rows of a jsonl(.gz), json or parquet file. A malformed line is yielded as a `BadRow` in its place."""
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            number = 0
-            for batch in pq.ParquetFile(path).iter_batches(256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
+            yield from _numbered(str(path), picture_sources.parquet_rows(path))
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):

@@ -42,12 +42,14 @@ class Branch:
 
 @dataclass
 class Tokens:
-    """A tokenised example: `prompt` ids shared by all branches. `cut` counts what truncation took."""
+    """A tokenised example: `prompt` ids shared by all branches. `cut` counts what truncation took. `frame` is the shape of its pictures, if
+    it has any: other shapes cannot be computed along with them."""
 
     prompt: list[int]
     branches: list[Branch]
     cut_prompt: int = 0
     cut_completions: list[int] = field(default_factory=list)
+    frame: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:

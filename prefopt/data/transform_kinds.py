@@ -126,7 +126,7 @@ def pairs(
     for e in rows:
         replies = e.completions
         couples = [(a, b) for i, a in enumerate(replies) for b in replies[i + 1 :] if anchor == "each" or i == 0]
-        couples = [(a, b) for a, b in couples if a.score - b.score >= min_gap and a.score > b.score and a.text != b.text]
+        couples = [(a, b) for a, b in couples if a.score - b.score >= min_gap and a.score > b.score and not a.same_as(b)]
         if order == "random":
             job.rng.shuffle(couples)
         else:
@@ -277,7 +277,7 @@ def score(rows: list[Example], job: Job, *, path: str) -> list[Example]:
             completions.sort(key=lambda c: -c.score)
         else:
             job.counts["pairs where the model prefers the rejected reply"] += completions[0].score < completions[1].score
-        told = e.rationale if completions[0].text == e.completions[0].text else ""
+        told = e.rationale if completions[0].same_as(e.completions[0]) else ""
         out.append(replace(e, completions=completions, rationale=told))
     return out
 
@@ -288,10 +288,19 @@ def margin(rows: list[Example], job: Job, *, scale: float = 1.0) -> list[Example
     return [replace(e, margin=scale * gap_of(e, job)) for e in rows]
 
 
-@kind("pair", rules=("tau > 0",))
-def soft_labels(rows: list[Example], job: Job, *, tau: float = 1.0) -> list[Example]:
-    """Each pair's label: sigmoid(gap / tau), the probability that its chosen reply is better if scores are Bradley-Terry's."""
-    return [replace(e, label=(1 + math.tanh(gap_of(e, job) / (2 * tau))) / 2) for e in rows]
+@kind("pair", rules=("tau is None or tau > 0",))
+def soft_labels(rows: list[Example], job: Job, *, tau: float | None = 1.0) -> list[Example]:
+    """Each pair's label: sigmoid(gap / tau), the probability that its chosen reply is better if scores are Bradley-Terry's. Without a `tau`
+    scores are scaled to [0, 1] first, over all rows (SmPO, 2506.02698): labels then lie between 0.27 and 0.73.
+    """
+    gaps = [gap_of(e, job) for e in rows]
+    if tau is None:
+        scores = [c.score for e in rows for c in e.completions]
+        tau = max(scores, default=1.0) - min(scores, default=0.0)
+        if tau == 0:
+            raise UserError(f"data.transforms.{job.name}: all scores are {scores[0]:g}, which says nothing of who wins; set tau")
+        job.counts[f"labelled by scores from {min(scores, default=0.0):g} to {max(scores, default=1.0):g}"] += len(rows)
+    return [replace(e, label=(1 + math.tanh(gap / (2 * tau))) / 2) for e, gap in zip(rows, gaps, strict=True)]
 
 
 @kind("pair", "ranking")

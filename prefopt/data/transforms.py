@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prefopt.config.schema import DataConfig
+from prefopt.data import picture_transforms  # noqa: F401  it registers its kinds
 from prefopt.data.records import Example
 from prefopt.data.sources import Split
 from prefopt.data.transform_kinds import KINDS, Job, Kind, Tools

@@ -1,4 +1,4 @@
-"""`prefopt store ls | verify | gc`: the reference store on this machine. Imports no torch."""
+"""`prefopt store ls | verify | gc`: what was computed once: reference scores, encoded images and captions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from pathlib import Path
 
 from prefopt.config.schema import ReferenceConfig
 from prefopt.errors import UserError, nearest
+from prefopt.paths import store_dir
 from prefopt.policies import store
 
+KINDS = ("reference", "latents", "captions")  # folders of the store, each with one folder per scorer or encoder
 ACTIONS = ("ls", "verify", "gc")
 USAGE = "prefopt store ls | verify | gc [--limit-gb X] [--all]"
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line. `verify` exits with 1 if a shard is damaged."""
-    root, action, rest = store.reference_root(), argv[0] if argv else "", list(argv[1:])
+    action, rest = argv[0] if argv else "", list(argv[1:])
+    roots = [store_dir() / kind for kind in KINDS]
     if action not in ACTIONS:
         said = f"unknown command 'store {action}'{nearest(action, ACTIONS)}" if action else "prefopt store is no command of its own"
         raise UserError(f"{said} ({USAGE})")
     if action == "gc":
-        print(collect(root, *_limit(rest)))
+        print(collect(roots, *_limit(rest)))
         return
     if rest:
         raise UserError(f"prefopt store {action} takes nothing more, and was given {rest[0]} ({USAGE})")
     if action == "ls":
-        print(listing(root))
+        print("\n\n".join([listing(root) for root in roots if store.scorers(root)]) or f"{store_dir()} holds nothing")
         return
-    count, broken = store.verify(root)
+    checked = [store.verify(root) for root in roots]
+    count, broken = sum(n for n, _ in checked), [path for _, paths in checked for path in paths]
     for path in broken:
         print(f"damaged: {path}")
     if broken:
         print(f"{len(broken)} of {count} shards are damaged; `prefopt store gc` removes them, and their entries are computed again")
         raise SystemExit(1)
-    print(f"{root}: {count} shards, all as they were written")
+    print(f"{store_dir()}: {count} shards, all as they were written")
 
 
-def _limit(words: list[str]) -> tuple[float, bool]:
-    """(limit in GB, whether everything goes) of the command line of `gc`."""
-    limit, everything = ReferenceConfig().store_limit_gb, False
+def _limit(words: list[str]) -> tuple[float | None, bool]:
+    """(limit in GB if one is given, whether everything goes) of the command line of `gc`."""
+    limit, everything = None, False
     while words:
         word = words.pop(0)
         if word == "--all":
@@ -59,11 +63,11 @@ def _limit(words: list[str]) -> tuple[float, bool]:
 
 
 def listing(root: Path) -> str:
-    """One line per scorer, the most recently used first."""
+    """One line per scorer or encoder, the most recently used first."""
     found = store.scorers(root)
     if not found:
         return f"{root} holds nothing"
-    rows = [("scorer", "model", "precision", "entries", "shards", "size", "last used")]
+    rows = [("scorer" if root.name == "reference" else root.name, "model", "precision", "entries", "shards", "size", "last used")]
     for s in found:
         last = time.strftime("%Y-%m-%d %H:%M", time.localtime(s.last)) if s.last else "never"
         model = s.model + (" with an adapter" if s.identity.get("adapter") else "")
@@ -74,12 +78,18 @@ def listing(root: Path) -> str:
     return "\n".join([*lines, "", f"{_size(sum(s.bytes for s in found))} in {root}"])
 
 
-def collect(root: Path, limit: float, everything: bool) -> str:
-    """Makes room, and says what went."""
-    gone = store.collect(root, 0.0 if everything else limit * 1e9)
+def collect(roots: Sequence[Path], limit: float | None, everything: bool) -> str:
+    """Makes room, and says what went. The limit is for each kind; where none is given, only reference scores have one, since encoding
+    images anew takes longest."""
+    gone: dict[str, list[Path]] = {}
+    for root in roots:
+        own = limit if limit is not None else ReferenceConfig().store_limit_gb if root.name == "reference" else math.inf
+        for key, went in store.collect(root, 0.0 if everything else own * 1e9).items():
+            gone.setdefault(key, []).extend(went)
     words = {"damaged": "damaged shards", "stale": "files of killed writers", "evicted": "shards not used for longest"}
     told = ", ".join(f"{len(gone[key])} {what}" for key, what in words.items())
-    return f"removed {told}; {_size(sum(s.bytes for s in store.scorers(root)))} left in {root}"
+    left = sum(s.bytes for root in roots for s in store.scorers(root))
+    return f"removed {told}; {_size(left)} left in {store_dir()}"
 
 
 def _size(count: float) -> str:

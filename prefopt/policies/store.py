@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
+from prefopt.data.shards import damaged, digest_of
+from prefopt.data.shards import write_aside as _write
 from prefopt.errors import UserError
 from prefopt.paths import store_dir
+
+__all__ = ["Scorer", "Store", "collect", "damaged", "digest_of", "entry_key", "evict", "reference_root", "scorers", "shards", "verify"]
 
 LEVELS = ("tokens", "sums")
 STALE = 3600.0  # seconds after which a temporary file belongs to a writer that was killed: a shard is written in seconds
@@ -42,11 +45,6 @@ def entry_key(prompt: Sequence[int], ids: Sequence[int], mask: Sequence[bool]) -
     h.update(np.array([*prompt, *ids], dtype="<i8").tobytes())
     h.update(bytes(mask))
     return h.digest()
-
-
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """The folder's name: 32 hex digits of the identity's sha256."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Store:
@@ -145,34 +143,6 @@ def _level(content: bytes) -> str:
     return json.loads(content[8 : 8 + header])["__metadata__"]["values"]
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Under a temporary name, to the disk, then renamed: there is never half a file under a name that is read."""
-    for attempt in range(3):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-        try:
-            with open(part, "xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, path)
-            break
-        except FileNotFoundError:  # the folder was empty, and was taken away in between
-            if attempt == 2:
-                raise
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError:  # not every file system can
-        pass
-    finally:
-        os.close(folder)
-
-
 # ---- all of it: prefopt store ls | verify | gc --------------------------------------------------------
 
 
@@ -187,14 +157,6 @@ class Scorer:
     entries: int = 0
     bytes: int = 0
     last: float = 0.0
-
-
-def damaged(path: Path, content: bytes | None = None) -> bool:
-    """Whether a shard's content does not match its name."""
-    if content is not None:
-        return hashlib.sha256(content).hexdigest() != path.stem
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() != path.stem
 
 
 def shards(root: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import pytest
 from prefopt.config import schema
 from prefopt.config.catalogue import groups, load_yaml
 from prefopt.config.schema import DataCheckConfig, ModelConfig
-from prefopt.data import known
+from prefopt.data import known, picture_sources
 from prefopt.data.dataset import make_dataset
 from prefopt.data.records import BadRow, NoPreference
 from prefopt.data.sources import load_data
@@ -148,7 +148,7 @@ def test_the_real_schema_through_the_hub_path(name, hub):
 def test_every_mapped_dataset_is_proved_here_and_every_mapping_is_used():
     hub_data = {name for name in groups()["data"] if "_hub" in load_yaml("data", name).get("defaults", [])}
     assert hub_data == set(LAYOUT) == set(FOUND)
-    assert tuple(sorted(known.ROWS)) == schema.CHOICES["data.rows"]
+    assert tuple(sorted({**known.ROWS, **picture_sources.ROWS})) == schema.CHOICES["data.rows"]
     assert {load_yaml("data", name).get("rows") for name in hub_data} - {None} | {"pku-safer"} == set(known.ROWS)
 
 

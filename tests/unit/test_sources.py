@@ -46,9 +46,8 @@ def prompts(split):
 def from_yaml(name, **settings) -> DataConfig:
     """A data config as its YAML says it, checked against the schema."""
     written = [OmegaConf.load(conf_dir() / "data" / f"{name}.yaml")]
-    for parent in written[0].pop("defaults", []):
-        if parent != "_self_":
-            written.insert(0, OmegaConf.load(conf_dir() / "data" / f"{parent}.yaml"))
+    while parents := [p for p in written[0].pop("defaults", []) if p != "_self_"]:
+        written.insert(0, OmegaConf.load(conf_dir() / "data" / f"{parents[0]}.yaml"))
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), *written, settings))
 
 
