@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from prefopt.config.objective_source import FieldInfo, ObjectiveInfo, read_objective
+from prefopt.config.strength import per_mean
 from prefopt.errors import UserError, nearest
 
 __all__ = [
@@ -22,8 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 GROUPS = (
-    "algo", "model", "adapter", "data", "transforms", "source", "reference", "teacher", "hardware", "tracker", "reward", "sampler",
-    "stages", "experiment", "sweep", "debug",
+    "algo", "model", "adapter", "data", "transforms", "source", "noise", "reference", "teacher", "hardware", "tracker", "reward",
+    "sampler", "stages", "experiment", "sweep", "debug",
 )  # fmt: skip
 VIEWS = {
     "pairs": "pairs of a chosen and a rejected reply",
@@ -240,5 +241,8 @@ def _quantities(info: ObjectiveInfo) -> set[str]:
 
 
 def modalities(info: ObjectiveInfo) -> tuple[str, ...]:
-    """Kinds of models that an objective makes sense for: those that need the text's own likelihood are not for diffusion models."""
-    return ("llm",) if any(NEEDS[word](info) for word in TEXT_ONLY) else MODALITIES
+    """Kinds of models that an objective makes sense for: those that need the text's own likelihood are not for diffusion models, and those
+    that are about pictures, or have a setting per latent dim, for nothing else."""
+    if info.pictures or info.slug and any(per_mean(value) is not None for value in algo_settings(info.slug).values()):
+        return ("diffusion",)
+    return ("llm",) if info.scores_rewards or any(NEEDS[word](info) for word in TEXT_ONLY) else MODALITIES

@@ -14,14 +14,15 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, MissingMandatoryValue, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefopt.config.catalogue import VIEWS, groups
+from prefopt.config.catalogue import VIEWS, groups, modalities
 from prefopt.config.completion import primary_groups
 from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
 from prefopt.config.rounds import check_refresh, check_rounds
-from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, REQUIRED, all_keys, nested
+from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
+from prefopt.config.strength import for_model
 from prefopt.errors import UserError, nearest
 
 
@@ -53,6 +54,7 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     if hasattr(out, "data"):
         _check_data(out.data, command)
     if hasattr(out, "algo"):
+        out.algo = for_model(out.algo, out.model)
         info = check_algo(out.algo, out.trust.packages, algo_name)
         out.algo = {"name": algo_name or info.name, **out.algo}
         check_together(out, info)
@@ -61,8 +63,9 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
 
 def _check_data(data: Any, command: str) -> None:
     """What can be said of the data without reading it. The kinds of transforms and their settings: prefopt.data.transforms."""
-    if data.source != "tiny_feedback" and data.completions:
-        raise UserError(f"data.completions={data.completions} works on data=tiny-feedback only; remove it for data={data.name}")
+    if data.source not in ("tiny_feedback", "tiny_pictures") and data.completions:
+        raise UserError(f"data.completions={data.completions} works on data=tiny-feedback and data=tiny-pictures only; remove it for "
+                        f"data={data.name}")
     for name, settings in data.transforms.items():
         if not isinstance(settings, dict) and settings is not None:
             raise UserError(f"data.transforms.{name}={_shown(settings)}: a transform has settings, as in data.transforms.{name}.kind=swap")
@@ -74,8 +77,15 @@ def _check_data(data: Any, command: str) -> None:
 def _check_reward(cfg: Any) -> None:
     """Whether the model that judges is named where one is needed, and only there."""
     kind, path = cfg.reward.kind, cfg.reward.path
-    if path and kind not in ("model", "followup"):
-        raise UserError(f"reward.path={path} is read with reward=model only (or reward=flr); add reward=model, or leave it out")
+    if path and kind not in ("model", "followup", *PICTURE_REWARDS) or path and kind == "brisque":
+        raise UserError(f"reward.path={path} is read with reward=model only (or reward=flr, or one that judges pictures by a model); "
+                        "add reward=model, or leave it out")
+    if kind in PICTURE_REWARDS and not path and kind != "brisque":
+        raise UserError(f"reward.path has no value, and reward={kind} needs one: the folder or hub id of the model "
+                        "(docs/image-rewards.md tells how a folder is made)")
+    if (kind in PICTURE_REWARDS) > cfg.data.pictures or cfg.data.pictures and kind in ("model", "followup"):
+        judged, held = ("pictures", "texts") if kind in PICTURE_REWARDS else ("texts", "pictures")
+        raise UserError(f"reward={kind} judges {judged}, and data={cfg.data.name} holds {held}; use reward=auto, or another reward")
     if kind == "model" and not path:
         raise UserError("reward.path has no value, and reward=model needs one; give a run of algo=reward_bt, or a model: reward.path=...")
     if kind == "followup" and not path and not hasattr(cfg, "model"):
@@ -131,14 +141,14 @@ def check_algo(settings: dict[str, Any], packages: list[str], algo_name: str | N
 def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     """Combinations that each group would accept alone."""
     model, data = cfg.model, cfg.data
-    if data.source in ("files", "hub") and not data.path:
-        what = "a file, a folder or a glob" if data.source == "files" else "a hub id or a folder"
+    if data.source in ("files", "hub", "picture_folders") and not data.path:
+        what = {"files": "a file, a folder or a glob", "hub": "a hub id or a folder"}.get(data.source, "a folder of images")
         raise UserError(f"data.path has no value, and data={data.name} needs one; give {what}: data.path=...")
     if (model.kind == "tabular") != (data.source == "bandit"):
         raise UserError(f"model={model.name} and data={data.name} do not fit: the table of model=bandit only knows data=bandit, and the "
                         "other way round. Set both, or neither.")
-    if data.source not in ("tiny_feedback", "bandit") and data.label_noise:
-        raise UserError(f"data.label_noise={data.label_noise} works on generated data only (tiny-feedback, bandit); "
+    if data.source not in ("tiny_feedback", "tiny_pictures", "bandit") and data.label_noise:
+        raise UserError(f"data.label_noise={data.label_noise} works on generated data only (tiny-feedback, tiny-pictures, bandit); "
                         f"remove it for data={data.name}")
     if data.source != "tiny_feedback" and data.length_bias:
         raise UserError(f"data.length_bias={data.length_bias} works on data=tiny-feedback only; remove it for data={data.name}")
@@ -149,6 +159,7 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     if model.lora.adapter and not model.lora.enabled:
         raise UserError("model.lora.adapter is set but model.lora.enabled is false; set model.lora.enabled=true")
     check_quantize(model)
+    _check_pictures(cfg, info)
     if model.kind == "tabular" and model.lora.enabled:
         raise UserError("model=bandit is a table and takes no LoRA adapter; set model.lora.enabled=false")
     if info.extra:
@@ -191,6 +202,44 @@ def _check_extra(cfg: Any, info: ObjectiveInfo) -> None:
                         f"the texts of pairs beforehand ({', '.join(info.extra)}); use source=offline")
 
 
+def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
+    """Whether model, data and objective agree on what a completion is: a text or a picture."""
+    model, data = cfg.model, cfg.data
+    if (model.kind == "diffusion") != data.pictures:
+        kinds = ("pictures", "texts") if data.pictures else ("texts", "pictures")
+        fix = "model=tiny-diffusion, or another diffusion model" if data.pictures else "data=tiny-pictures, or other data of pictures"
+        raise UserError(f"data={data.name} holds {kinds[0]}, and model={model.name} makes {kinds[1]}; choose {fix}")
+    if model.kind != "diffusion":
+        if "llm" not in modalities(info):
+            raise UserError(f"{info.name} is about the denoising errors of pictures, and model={model.name} makes none; choose "
+                            "model=tiny-diffusion data=tiny-pictures, or an algorithm for texts (prefopt list algo --modality llm)")
+        return
+    if "diffusion" not in modalities(info):
+        raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
+                        "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
+    if data.buckets and info.mismatched:
+        raise UserError(f"data.buckets={data.buckets} gives rows pictures of different shapes, and {info.name} scores prompts with another "
+                        "row's picture; set data.buckets=null")
+    if cfg.source.kind != "offline":
+        raise UserError(f"source={cfg.source.kind}: pictures cannot be learned from while they are drawn yet; use source=offline")
+    if hasattr(cfg, "noise"):
+        _check_inversion(cfg.noise, info)
+    if hasattr(cfg, "noise") and cfg.noise.low >= cfg.noise.high:
+        raise UserError(f"noise.low={cfg.noise.low:g} and noise.high={cfg.noise.high:g} leave no time between; low must be less")
+
+
+def _check_inversion(noise: Any, info: ObjectiveInfo) -> None:
+    """Whether an inversion has the model that it is done by, and pictures that it suits."""
+    if noise.plan not in ("inverted", "path"):
+        return
+    if "reference" not in info.quantities and (noise.plan == "path" or noise.inverter == "reference"):
+        raise UserError(f"noise.plan={noise.plan} inverts pictures by the reference here, and {info.name} has none; use noise=inverted "
+                        "(by the policy), or an algorithm with a reference (prefopt list algo --needs reference)")
+    if info.extra:
+        raise UserError(f"noise.plan={noise.plan} inverts each picture under its caption, and {info.name} compares one picture under "
+                        "several captions, which needs one noise for all; use noise=default")
+
+
 def _check_no_reference(reference: Any, info: ObjectiveInfo) -> None:
     """Refuses settings of a reference that the objective does not read."""
     what = "trains a reward model, which has no reference" if info.scores_rewards else "compares the policy with no reference"
@@ -221,6 +270,10 @@ def _no_store(cfg: Any, info: ObjectiveInfo) -> str:
         return f"the reference moves (reference.refresh={cfg.reference.refresh})"
     if cfg.source.kind != "offline":
         return f"source={cfg.source.kind} trains on replies that are not written yet"
+    if cfg.model.kind == "diffusion" and cfg.noise.plan in ("inverted", "path"):
+        return f"noise.plan={cfg.noise.plan} finds where pictures are scored while it trains"
+    if cfg.model.kind == "diffusion" and not cfg.noise.pool:
+        return "every visit of a row has new draws of noise, which nobody will meet again; choose noise=pool"
     if cfg.model.kind == "tabular":
         return f"model={cfg.model.name} is a table, whose log-probs cost nothing"
     if info.needs_live_reference:
@@ -258,7 +311,7 @@ def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
                             "use reward=auto")
     if source.kind == "offline":
         return
-    if cfg.reward.kind == "none" or (cfg.reward.kind == "auto" and cfg.data.source not in ("tiny_feedback", "bandit")):
+    if cfg.reward.kind == "none" or (cfg.reward.kind == "auto" and cfg.data.source not in ("tiny_feedback", "bandit", "tiny_pictures")):
         raise UserError(f"source={source.kind} needs a reward for what the policy writes: reward={cfg.reward.kind} gives none for "
                         f"data={cfg.data.name}. Train one with algo=reward_bt and set reward=model reward.path=RUN.")
     if cfg.sampler.beams > 1:

@@ -78,6 +78,7 @@ SYMBOLS = {
     "XS": "XS: (y, r, n) of each extra sequence of the pair, in the order in which they are listed",
     "X": "X: the same sequences, of each the (t, s) of its tokens",
     "Q": "Q: (c, g) of each reply or pair that this one is matched with in the sorted batch: its share and the gap",
+    "zb": "zb: mean of y-r over the batch, at least 0",
     "mid": "mid: middle between the mean of y-r over desirable and over undesirable replies of the batch",
     "sg": "sg(x): x held constant in the gradient",
 }
@@ -115,7 +116,7 @@ def list_text(group: str | None = None, view: str | None = None, needs: str | No
         return "\n".join(_names(group))
     infos = _narrowed([algo_info(slug) for slug in groups()["algo"]], view, needs, modality)
     titles = ("NAME", "ARXIV", "MODALITY", "WHAT IT IS")
-    rows = [(i.slug or "", next(iter(papers(i.slug or "")), "-"), "llm" if len(modalities(i)) == 1 else "any", _with_needs(i))
+    rows = [(i.slug or "", next(iter(papers(i.slug or "")), "-"), "any" if len(modalities(i)) > 1 else modalities(i)[0], _with_needs(i))
             for i in infos]
     widths = [max(map(len, column)) for column in list(zip(titles, *rows, strict=True))[:-1]]
     lines = table([titles], "  ", widths)
@@ -195,6 +196,8 @@ def needs_lines(info: ObjectiveInfo) -> list[str]:
         lines.append(f"batch: at least {info.min_batch} rows")
     if info.proper_likelihood:
         lines.append("likelihood: log-probs of a normalised distribution, so it is refused on diffusion models")
+    elif modalities(info) == ("diffusion",):
+        lines.append("diffusion models only: it is about the denoising errors of pictures")
     elif len(modalities(info)) == 1:
         lines.append("language models only: it reads more of a text than its likelihood as a whole")
     if chosen := brings(info.slug):
@@ -205,6 +208,12 @@ def needs_lines(info: ObjectiveInfo) -> list[str]:
 
 def limit_text(pinned: dict[str, Any], then: str) -> str:
     return f"at {', '.join(f'{key} = {value}' for key, value in pinned.items())} the loss is {then}"
+
+
+def use_line(info: ObjectiveInfo) -> str:
+    """The command that trains with an objective on this machine."""
+    small = "model=tiny-lm" if "llm" in modalities(info) else "model=tiny-diffusion data=tiny-pictures"
+    return f"prefopt train algo={info.slug} {small}"
 
 
 def symbols_text(info: ObjectiveInfo) -> str:
@@ -237,7 +246,7 @@ def _show_algo(slug: str) -> list[str]:
     if info.limits:
         lines += ["", "Special cases"]
         lines += [part for limit in info.limits for part in _wrap(limit_text(*limit), "  ", "      ")]
-    lines += ["", "Use", f"  prefopt train algo={slug} model=tiny-lm"]
+    lines += ["", "Use", f"  {use_line(info)}"]
     lines += [f"  prefopt train +experiment={name}" for name in experiments(slug)]
     numbers = {key: value for key, value in algo_settings(slug).items() if type(value) is float and value > 0}
     for key, value in list(numbers.items())[:1]:

@@ -41,6 +41,7 @@ class ObjectiveInfo:
     divergence_from: tuple[str, str]
     columns: tuple[str, ...]
     proper_likelihood: bool
+    pictures: bool
     mismatched: bool
     steps: bool
     extra: tuple[str, ...]

@@ -25,7 +25,7 @@ class LoraConfig:
 @dataclass
 class ModelConfig:
     name: str = REQUIRED
-    kind: str = "causal_lm"  # causal_lm | tabular
+    kind: str = "causal_lm"  # causal_lm | diffusion | tabular
     path: Optional[str] = None
     revision: Optional[str] = None
     gguf_file: Optional[str] = None
@@ -42,6 +42,10 @@ class ModelConfig:
     fused_head: bool = True
     compile: bool = False
     quantize: Optional[str] = None  # 4bit
+    resolution: Optional[int] = None
+    latent: Optional[list[int]] = None  # channels, pixels per latent
+    guidance: float = 1.0
+    channels_last: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -68,13 +72,14 @@ class ColumnsConfig:
 @dataclass
 class DataConfig:
     name: str = REQUIRED
-    source: str = REQUIRED  # tiny_feedback | bandit | hub | files
+    source: str = REQUIRED  # tiny_feedback | tiny_pictures | bandit | hub | files | picture_folders | emoji
     path: Optional[str] = None
     subset: Optional[str] = None
     revision: Optional[str] = None
     train: Optional[str] = None
     eval: Optional[str] = None
-    rows: Optional[str] = None  # a key of prefopt.data.known.ROWS
+    rows: Optional[str] = None  # a key of prefopt.data.known.ROWS or prefopt.data.picture_sources.ROWS
+    pictures: bool = False
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     limit: Optional[int] = None
     eval_limit: Optional[int] = 256
@@ -88,6 +93,10 @@ class DataConfig:
     label_noise: float = 0.0
     length_bias: float = 0.0
     completions: Optional[int] = None
+    buckets: Optional[int] = None
+    flip: bool = False
+    min_size: Optional[int] = None
+    latents: str = "fp32"  # fp32 | fp16
     transforms: dict[str, Any] = field(default_factory=dict)  # name -> settings; see prefopt.data.transforms
 
 
@@ -115,8 +124,29 @@ class TrackerConfig:
 
 @dataclass
 class RewardConfig:
-    kind: str = "auto"  # auto | none | model | followup
+    kind: str = "auto"  # auto | none | model | followup | one of PICTURE_REWARDS
     path: Optional[str] = None
+
+
+@dataclass
+class NoiseConfig:
+    plan: str = "shared"  # shared | independent | inverted | path
+    draws: int = 1
+    pool: Optional[int] = None
+    timesteps: str = "uniform"  # uniform | logit_normal | importance
+    low: float = 0.0
+    high: float = 1.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    weighting: str = "constant"  # constant | snr | min_snr | dsm
+    gamma: float = 5.0
+    dropout: float = 0.0
+    inverter: str = "policy"  # policy | reference
+    inversion_steps: int = 10
+    inversion_guidance: float = 1.0
+    renoise: int = 0
+    eta: float = 0.0
+    held_out: int = 4
 
 
 @dataclass
@@ -126,6 +156,8 @@ class SamplerConfig:
     beams: int = 1
     max_new_tokens: int = 64
     batch_size: int = 64
+    steps: int = 20
+    guidance: Optional[float] = None
 
 
 @dataclass
@@ -178,6 +210,7 @@ class LoopConfig:
     eval_every: Optional[int] = None
     save_every: Optional[int] = None
     keep_checkpoints: int = 2
+    ema: Optional[float] = None
     max_skipped_steps: int = 5
     self_check: bool = True
 
@@ -191,6 +224,7 @@ class EvaluationConfig:
 @dataclass
 class TrustConfig:
     remote_code: bool = False
+    paths: bool = False
     packages: list[str] = field(default_factory=list)
 
 
@@ -204,6 +238,7 @@ class TrainConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -216,13 +251,17 @@ class TrainConfig:
     run_dir: str = REQUIRED
 
 
+PICTURE_REWARDS = ("pickscore", "hpsv2", "imagereward", "clip", "aesthetic", "brisque")  # see prefopt.rewards.scorers
+
 # Values a text key may take; anything else is refused at composition.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.kind": ("causal_lm", "tabular"),
+    "model.kind": ("causal_lm", "diffusion", "tabular"),
     "model.quantize": ("4bit",),
     "model.attention": ("auto", "varlen", "flex", "sdpa", "eager", "flash_attention_2"),
-    "data.source": ("tiny_feedback", "bandit", "hub", "files"),
-    "data.rows": ("helpsteer2", "nectar", "pku-better", "pku-safer", "shp", "ultrafeedback"),
+    "data.source": ("tiny_feedback", "tiny_pictures", "bandit", "hub", "files", "picture_folders", "emoji"),
+    "data.rows": ("helpsteer2", "hpdv2", "hpdv3", "hpdv3-soft", "imagereward", "nectar", "pickapic", "pickapic-soft", "pku-better",
+                  "pku-safer", "shp", "ultrafeedback"),
+    "data.latents": ("fp32", "fp16"),
     "data.on_bad_row": ("stop", "skip"),
     "data.render": ("auto", "chat", "text"),
     "data.on_long_prompt": ("stop", "keep_end"),
@@ -230,10 +269,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("fp32", "bf16"),
     "tracker.mode": ("online", "offline", "off"),
-    "reward.kind": ("auto", "none", "model", "followup"),
+    "reward.kind": ("auto", "none", "model", "followup", *PICTURE_REWARDS),
     "source.kind": ("offline", "rounds", "rollout"),
     "source.writer": ("policy", "reference"),
     "source.labels": ("best", "sampled", "soft"),
+    "noise.plan": ("shared", "independent", "inverted", "path"),
+    "noise.inverter": ("policy", "reference"),
+    "noise.timesteps": ("uniform", "logit_normal", "importance"),
+    "noise.weighting": ("constant", "snr", "min_snr", "dsm"),
     "reference.policy": ("initial", "base"),
     "reference.refresh": ("never", "round", "stage", "steps"),
     "reference.store": ("auto", "on", "off"),
@@ -251,6 +294,9 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("model.dropout", "0 <= x < 1", "in [0, 1)"),
     ("model.learning_rate", "x > 0", "above 0"),
     ("model.micro_batch_tokens", "x >= 1", "at least 1"),
+    ("model.guidance", "x >= 0", "0 or more"),
+    ("model.resolution", "x is None or x >= 8", "at least 8 pixels, or null"),
+    ("model.latent", "x is None or (len(x) == 2 and all(n >= 1 for n in x))", "[channels, pixels per latent], or null"),
     ("data.limit", "x is None or x >= 1", "at least 1, or null"),
     ("data.eval_limit", "x is None or x >= 1", "at least 1, or null"),
     ("data.eval_fraction", "0 <= x < 1", "in [0, 1)"),
@@ -258,6 +304,8 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("data.max_completion_tokens", "x is None or x >= 1", "at least 1, or null"),
     ("data.label_noise", "0 <= x <= 0.5", "in [0, 0.5]"),
     ("data.completions", "x is None or x >= 2", "at least 2, or null"),
+    ("data.buckets", "x is None or x >= 1", "at least 1, or null"),
+    ("data.min_size", "x is None or x >= 1", "at least 1, or null"),
     ("source.prompts", "x >= 1", "at least 1"),
     ("source.samples", "x >= 2", "at least 2: one reply alone is neither better nor worse than anything"),
     ("source.keep", "x is None or (x >= 2 and x % 2 == 0)", "at least 2 and even, or null: kept replies meet in pairs"),
@@ -275,6 +323,20 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("sampler.beams", "x >= 1", "at least 1"),
     ("sampler.max_new_tokens", "x >= 1", "at least 1"),
     ("sampler.batch_size", "x >= 1", "at least 1"),
+    ("sampler.steps", "x >= 1", "at least 1"),
+    ("sampler.guidance", "x is None or x >= 0", "0 or more, or null"),
+    ("noise.draws", "x >= 1", "at least 1"),
+    ("noise.pool", "x is None or x >= 1", "at least 1, or null"),
+    ("noise.low", "0 <= x < 1", "a share of the process, in [0, 1)"),
+    ("noise.high", "0 < x <= 1", "a share of the process, in (0, 1]"),
+    ("noise.logit_std", "x > 0", "above 0"),
+    ("noise.gamma", "x > 0", "above 0"),
+    ("noise.dropout", "0 <= x < 1", "in [0, 1)"),
+    ("noise.inversion_steps", "x >= 1", "at least 1"),
+    ("noise.inversion_guidance", "x >= 0", "0 or more"),
+    ("noise.renoise", "x >= 0", "0 or more"),
+    ("noise.eta", "0 <= x <= 1", "in [0, 1]"),
+    ("noise.held_out", "x >= 1", "at least 1"),
     ("reference.every", "x >= 1", "at least 1"),
     ("reference.mix", "0 < x <= 1", "a share, in (0, 1]"),
     ("reference.store_limit_gb", "x is None or x >= 0", "0 or more, or null"),
@@ -292,6 +354,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("train.eval_every", "x is None or x >= 1", "at least 1, or null"),
     ("train.save_every", "x is None or x >= 1", "at least 1, or null"),
     ("train.keep_checkpoints", "x >= 1", "at least 1"),
+    ("train.ema", "x is None or 0 < x < 1", "in (0, 1), or null"),
     ("train.max_skipped_steps", "x >= 0", "0 or more"),
     ("evaluation.prompts", "x >= 0", "0 or more"),
     ("revise", "x >= 0", "0 or more"),
@@ -316,6 +379,7 @@ class SampleConfig:
     count: int = 4
     revise: int = 0
     seed: int = 0
+    output: Optional[str] = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
@@ -328,6 +392,7 @@ class DataCheckConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)
     example: int = 0
+    sheet: Optional[str] = "contact-sheet.png"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from prefopt.data.records import Example, parse_row
 from prefopt.data.sources import Split, load_data
 from prefopt.data.transforms import apply_transforms
 from prefopt.errors import UserError
-from prefopt.evaluation import judging
+from prefopt.evaluation import judging, pictures
 from prefopt.evaluation.revise import self_revise
 from prefopt.evaluation.reward_calibration import judge_rewards
 from prefopt.evaluation.token_rewards import export
@@ -43,6 +43,9 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     }  # fmt: skip
     output, main = Path(cfg.output) if cfg.output else run.folder / "eval.json", run.main
     lines = [judging.table(before, after, figures["difference"])]
+    if run.engine.policy.layout == "draws" and len(after.samples) > 1:
+        text, figures["frechet"] = pictures.moved(before.samples, after.samples)
+        lines.append(text)
     lines += ["", "[95 % interval over prompts]   * the difference, paired by prompt, excludes 0 (not corrected for the number of lines)"]
     lines += [f"not measured: {what}: {why}" for what, why in figures["not_measured"].items()]
     if run.engine.policy.quantity == "reward" and rows:
@@ -62,6 +65,8 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
 
 
 def _open_to_judge(folder: str, cfg: EvalConfig) -> Run:
+    if cfg.tokens and load_run_config(Path(folder)).model.kind == "diffusion":
+        raise UserError(f"tokens=true: {folder} makes pictures, which have no tokens; set tokens=false")
     kl = {"kl": True} if cfg.tokens else {}  # token rewards are against the initial policy, where there is no other reference
     run = _open(folder, lambda c: replace(c, sampler=cfg.sampler, evaluation=replace(c.evaluation, prompts=cfg.prompts, **kl)))
     run.judge.seed = cfg.seed
@@ -75,9 +80,10 @@ def _whole_rankings(run: Run) -> Judge | None:
     if whole or run.engine.objective.extra or not run.judge.held_out or not any(e.kind == "ranking" for e in run.held_out.examples):
         return None
     policy, data = run.engine.policy, replace(run.cfg.data, pairs="all", on_bad_row="skip")
-    split = load_data(data)[1]
+    split = load_data(data, run.cfg.trust)[1]
     apply_transforms([split], data, run.cfg.seed)
-    made = make_dataset(split, data, policy.tokenise, "pairs", run.engine.objective.columns, False, run.cfg.seed)
+    tokenise = getattr(policy, "tokenise_eval", policy.tokenise)
+    made = make_dataset(split, data, tokenise, "pairs", run.engine.objective.columns, False, run.cfg.seed)
     rows = [row for row in made.rows if row.kind == "ranking_all"]
     if not rows:
         return None
@@ -118,16 +124,19 @@ def _against(cfg: EvalConfig, run: Run, ours: Judgement) -> tuple[str, dict[str,
 
 
 def _texts(run: Run) -> list[tuple[str, ...]]:
-    return [(e.prompt_text, *(c.text for c in e.completions)) for e in run.held_out.examples]
+    return [(e.prompt_text, *(f"{c.text} {c.picture or ''}" for c in e.completions)) for e in run.held_out.examples]
 
 
 def sample(cfg: SampleConfig) -> list[str]:
-    """Prints replies of the trained policy: several to one prompt, or one each to held-out prompts."""
+    """Prints replies of the trained policy: several to one prompt, or one each to held-out prompts. Pictures are written to files, beside
+    those of the initial policy; then their paths are printed."""
     run = _open(cfg.run, lambda c: replace(c, evaluation=replace(c.evaluation, prompts=0, kl=False), teacher=TeacherConfig()))
     policy = run.engine.policy
     if policy.quantity == "reward":
         raise UserError(f"{cfg.run} holds a reward model, which writes no replies; let it judge texts: prefopt label reward.path={cfg.run}")
-    _load(run)
+    drawn = policy.layout == "draws"
+    if not drawn:
+        _load(run)
     if cfg.prompt is not None:
         asked = Split("eval", [parse_row({"prompt": cfg.prompt}, {"prompt": "prompt"})] * cfg.count)
         apply_transforms([asked], run.cfg.data, run.cfg.seed)
@@ -138,6 +147,8 @@ def sample(cfg: SampleConfig) -> list[str]:
             raise UserError(f"{cfg.run} has no held-out prompts; ask something with prompt=...")
     if cfg.revise and run.cfg.model.kind == "tabular":
         raise UserError(f"revise={cfg.revise}: the replies of model={run.cfg.model.name} are no texts to revise; set revise=0")
+    if drawn:
+        return pictures.sample(run, examples, cfg, lambda: _load(run)["step"])
     written = self_revise(policy, examples, cfg.sampler, cfg.seed, cfg.revise)
     for example, (first, *revisions) in zip(examples, written, strict=True):
         print(f"> {example.prompt_text}\n{first}\n")
@@ -156,4 +167,7 @@ def _open(folder: str, change: Any) -> Run:
 
 
 def _load(run: Run) -> dict[str, Any]:
-    return checkpoint.load(run.folder / "checkpoints", run.engine)
+    state = checkpoint.load(run.folder / "checkpoints", run.engine)
+    if "ema" in run.engine.beside:
+        run.engine.beside["ema"].take()
+    return state

@@ -12,11 +12,13 @@ from prefopt.config.listing import table
 from prefopt.config.mixtures import described
 from prefopt.config.schema import DataCheckConfig
 from prefopt.data.dataset import Dataset, make_dataset
+from prefopt.data.pictures import Framing
 from prefopt.data.records import Example
 from prefopt.data.sources import Split, load_data
 from prefopt.data.tokenise import Branch, Tokeniser, Tokens
 from prefopt.data.transforms import apply_transforms, transform_lines
 from prefopt.errors import UserError
+from prefopt.evaluation.contact_sheet import picture_lines, write_sheet
 
 SHOWN = 20  # broken rows listed per split
 PERCENTILES = (5, 50, 95)
@@ -63,9 +65,11 @@ def check_text(cfg: DataCheckConfig) -> str:
     if cfg.source.kind != "offline":  # replies will be sampled: the rows only have to have prompts
         info = replace(info, view="groups", columns=("weight", "label", "margin", "logp"))
     data = replace(cfg.data, on_bad_row="skip")
+    if data.pictures:
+        return _picture_text(cfg, data, info)
     tokeniser, show = _tokeniser(cfg, data)
     parts: list[tuple[Split, Dataset, Measured]] = []
-    splits = load_data(data)
+    splits = load_data(data, cfg.trust)
     apply_transforms(splits, data, seed=0)
     for split in splits:
         measured = Measured(tokeniser)
@@ -79,6 +83,22 @@ def check_text(cfg: DataCheckConfig) -> str:
     if isinstance(tokeniser, Tokeniser):
         lines += ["", *_suggestion(parts, tokeniser)]
     return "\n".join([*lines, "", *_example(parts[0][1], cfg.example, info.view, show, info.extra)])
+
+
+def _picture_text(cfg: DataCheckConfig, data: Any, info: Any) -> str:
+    """The report on rows with images. No model is loaded."""
+    splits = load_data(data, cfg.trust)
+    apply_transforms(splits, data, seed=0)
+    lines = [f"data={data.name} as algo={cfg.algo.get('name', info.name)} (view: {info.view}) and model={cfg.model.name} would see it"]
+    for split in splits:
+        lines += ["", *picture_lines(split, data, cfg.model, info.view, info.columns, percentiles)]
+    seen = {e.prompt_text for e in splits[0].examples}
+    both = sum(e.prompt_text in seen for e in splits[1].examples)
+    lines += ["", f"{both} of {len(splits[1].examples)} eval rows have a caption that is in train as well"]
+    lines += _broken([(split,) for split in splits], cfg.data.on_bad_row == "stop")
+    if cfg.sheet and splits[0].examples:
+        lines += ["", write_sheet(cfg.sheet, splits[0].examples, Framing.of(data, cfg.model.resolution), names)]
+    return "\n".join(lines)
 
 
 def _tokeniser(cfg: DataCheckConfig, data: Any) -> tuple[Callable[[Example], Tokens], Callable[[list[int]], str]]:
@@ -188,7 +208,7 @@ def _overlap(parts: Sequence[tuple[Split, Dataset, Measured]]) -> list[str]:
     return [f"{both} of {len(held_out.examples)} eval rows have a prompt that is in train as well"]
 
 
-def _broken(parts: Sequence[tuple[Split, Dataset, Measured]], stops: bool) -> list[str]:
+def _broken(parts: Sequence[tuple[Split, ...]], stops: bool) -> list[str]:
     lines = []
     for split, *_ in parts:
         if split.rejected:

@@ -10,12 +10,15 @@ import numpy as np
 
 from prefopt.config.schema import TrainConfig
 from prefopt.report.estimators import interval, length_controlled, paired, wins
-from prefopt.training.judge import COMPARABLE, SHARES, Judge, Judgement
+from prefopt.rewards.pictures import PARTS
+from prefopt.training.judge import AT_TIMES, COMPARABLE, SHARES, Judge, Judgement
 
 # (measure, its name in the table, decimals); shares are shown in percent.
 ON_ROWS = (
     ("loss", "loss", 4), ("log_loss", "log-loss, nats", 4), ("brier", "Brier score", 4), ("ece", "calibration error (ECE), %", 1),
-    ("accuracy", "accuracy (implicit reward), %", 1), ("reward/margin", "implicit reward margin", 3),
+    ("accuracy", "accuracy (implicit reward), %", 1),
+    *((key, f"  on draws {(low := int(key.rpartition('/')[2]))} to {low + 25} % into noise, %", 1) for key in AT_TIMES),
+    ("reward/margin", "implicit reward margin", 3),
     ("reward/chosen", "implicit reward, chosen", 3), ("reward/rejected", "implicit reward, rejected", 3),
     ("ranking_accuracy", "ranking accuracy, %", 1), ("ranking_accuracy_per_token", "ranking accuracy per token, %", 1),
     ("reference_ranking_accuracy", "reference ranking accuracy, %", 1),
@@ -29,9 +32,12 @@ ON_SAMPLES = (
     ("lc_win_rate", "length-controlled win rate, %", 1), ("kl", "KL to initial, nats", 3),
     ("forward_kl", "KL from initial, nats", 3), ("length", "length, tokens", 1),
     ("finished", "finished, %", 1), ("distinct_2", "distinct-2, %", 1),
+    ("prompt_match", "prompt match, %", 1), *((f"match/{part}", f"  {part}, %", 1) for part in PARTS),
+    ("all_parts", "  all of it right, %", 1), ("variety", "variety between prompts", 3), ("saturation", "saturation, %", 1),
+    ("high_frequency", "fine detail, % of contrast", 2),
 )  # fmt: skip
 # What two runs of different objectives have in the same units.
-COMMON = ("accuracy", "ranking_accuracy", "ranking_accuracy_per_token", "kendall_tau", "ranking_kendall_tau",
+COMMON = ("accuracy", "ranking_accuracy", "ranking_accuracy_per_token", "kendall_tau", "ranking_kendall_tau", *AT_TIMES,
           *(key for key, *_ in ON_SAMPLES))  # fmt: skip
 
 
@@ -52,8 +58,10 @@ def head_to_head(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]
     if not ours or any(s["reward"] is None for s in (*ours, *theirs)):
         return {}
     won = wins([s["reward"] for s in ours], [s["reward"] for s in theirs])
-    longer = np.array([a["tokens"] - b["tokens"] for a, b in zip(ours, theirs, strict=True)], dtype=float)
-    found = {"win_rate": won, "lc_win_rate": length_controlled(won, longer)}
+    found = {"win_rate": won}
+    if "tokens" in ours[0]:  # a text
+        longer = np.array([a["tokens"] - b["tokens"] for a, b in zip(ours, theirs, strict=True)], dtype=float)
+        found["lc_win_rate"] = length_controlled(won, longer)
     return Judgement(replies={k: v for k, v in found.items() if v is not None}).row()
 
 
@@ -78,10 +86,10 @@ def not_measured(judge: Judge, cfg: TrainConfig, after: Judgement) -> dict[str, 
     if not judge.rewards:
         known = "reward=none" if cfg.reward.kind == "none" else "no reward is known for this data (reward=model brings one)"
         out["true reward, win rates"] = known
-    elif "lc_win_rate" not in after.replies:
+    elif "lc_win_rate" not in after.replies and "tokens" in after.samples[0]:
         out["length-controlled win rate"] = "all replies are longer than the initial policy's, or all are shorter"
     if "kl" not in after.replies:
-        plain = judge.sampler.temperature == 1 and judge.sampler.top_p == 1
+        plain = judge.sampler.temperature == judge.sampler.top_p == 1 or "image" in after.samples[0]
         out["KL"] = "the run was made with evaluation.kl=false" if plain else "it needs samples at temperature 1 and top_p 1"
     return out
 

@@ -44,7 +44,7 @@ def label(cfg: LabelConfig) -> dict[str, Any]:
         raise UserError(f"output={cfg.output}: there is no folder {output.parent}; make it first")
     if cfg.hardware.processes > 1:
         raise UserError(f"hardware.processes={cfg.hardware.processes}: prefopt label runs in one process; set hardware.processes=1")
-    splits = {split.name: split for split in load_data(replace(cfg.data, eval_fraction=0.0))}
+    splits = {split.name: split for split in load_data(replace(cfg.data, eval_fraction=0.0), cfg.trust)}
     examples, rejected = splits[cfg.split].examples, splits[cfg.split].rejected
     if not examples:
         raise UserError(f"data={cfg.data.name} has no {cfg.split} rows of its own; use split=train")
@@ -59,7 +59,8 @@ def label(cfg: LabelConfig) -> dict[str, Any]:
             raise UserError(f"{bare.origin}: the row is a prompt alone, and there is no reply to score")
         scores = iter(reward([replace(e, completions=[c], kind="demonstration") for e in chunk for c in e.completions]))
         for example in chunk:
-            row = labelled(example, list(itertools.islice(scores, len(example.completions))), cfg.labels == "soft", counts)
+            own = list(itertools.islice(scores, len(example.completions)))
+            row = labelled(example, own, cfg.labels == "soft", counts, output.absolute().parent)
             if row is not None:
                 lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     if not lines:
@@ -69,8 +70,9 @@ def label(cfg: LabelConfig) -> dict[str, Any]:
     return {**asdict(counts), "rejected": len(rejected)}
 
 
-def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts) -> dict[str, Any] | None:
-    """The row of an example whose completions have these `rewards`, better ones first; None for a ranking that says nothing.
+def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts, folder: Path = Path()) -> dict[str, Any] | None:
+    """The row, for a file in `folder`, of an example whose completions have these `rewards`, better ones first; None for a ranking that
+    says nothing.
 
     A pair gets `label` = sigmoid(r_chosen - r_rejected) if `soft`. Pairs that tie stay as they are.
     """
@@ -79,7 +81,7 @@ def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts)
     taken = {*asdict(ColumnsConfig()).values(), *OURS}
     row: dict[str, Any] = {"prompt": example.prompt_text if not example.chat else [m.plain() for m in example.prompt]}
     order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
-    replies = [content(example.completions[i], example.chat) for i in order]
+    replies = [content(example.completions[i], example.chat, folder) for i in order]
     ranked = [rewards[i] for i in order]
     if example.kind == "pair":
         _compare(counts, rewards[0] - rewards[1], example.label - 0.5)
@@ -105,8 +107,17 @@ def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts)
     return row | {key: value for key, value in example.meta.items() if key not in taken}
 
 
-def content(completion: Completion, chat: bool) -> str | list[dict[str, str]]:
-    """A completion as the row held it: bare text, or messages."""
+def content(completion: Completion, chat: bool, folder: Path) -> Any:
+    """A completion as the row held it: bare text, messages, or where its picture is (relative to `folder`, if it lies there)."""
+    if part := completion.picture:
+        if "path" not in part:
+            raise UserError("a picture of these rows is in no file that a row could name; write them with their pictures to files first")
+        path = Path(part["path"]).absolute()
+        where = {**part, "path": str(path.relative_to(folder) if path.is_relative_to(folder) and "column" not in part else path)}
+        ops = where.pop("ops", None)
+        del where["type"]
+        own = {"caption": completion.text} if completion.text else {}
+        return {"image": where if len(where) > 1 else where["path"], **own, **({"ops": ops} if ops else {})}
     single = len(completion.messages) == 1
     return completion.text if single and not chat else [m.plain() for m in completion.messages]
 

@@ -40,6 +40,11 @@ class Reply:
     finished: bool
     text: str
 
+    @property
+    def branch(self) -> Branch:
+        """How it is scored: each of its tokens."""
+        return Branch(self.ids, [True] * len(self.ids), self.finished)
+
 
 class LanguageModel(nn.Module):
     """What a causal LM and a reward model have in common: a transformers model, its tokenizer, precision, LoRA, saving, and how a

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prefopt.config.schema import DataConfig, ModelConfig, TrustConfig
+from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, TrustConfig
 
 
 def load_policy(cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int,
-                quantity: str = "token_logp") -> nn.Module:
+                quantity: str = "token_logp", noise: NoiseConfig | None = None) -> nn.Module:
     """A module whose `forward(micro)` gives token log-probs [N], with `tokenise`, `generate`, `trainable`, `save`; or with
     `quantity` reward one reward per edge [E], and no `generate`. Where `cfg.start` is to count, `cfg` comes from `start.started`.
     """
@@ -26,6 +26,10 @@ def load_policy(cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: 
         if cfg.start:
             table.restore(Path(cfg.path))
         return table
+    if cfg.kind == "diffusion":
+        from prefopt.policies.pipeline import load_diffusion
+
+        return load_diffusion(cfg, device, precision, seed, noise or NoiseConfig())
     from prefopt.policies.causal_lm import CausalLM
 
     return CausalLM(cfg, data, trust, device, precision, seed)

@@ -35,6 +35,12 @@ class AdapterOff:
         """In it, the policy scores as the reference does."""
         return self.policy.without_adapter()
 
+    @contextmanager
+    def model(self):
+        """In it, the model that it gives scores as the reference does."""
+        with self.active():
+            yield self.policy
+
     @torch.no_grad()
     def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
         was_training = self.policy.training
@@ -114,6 +120,10 @@ class FrozenCopy:
     def __init__(self, policy: nn.Module):
         self.policy, self.frozen = policy, copy.deepcopy(policy).eval().requires_grad_(False)
 
+    def model(self) -> AbstractContextManager:
+        """In it, the model that it gives scores as the reference does."""
+        return nullcontext(self.frozen)
+
     @torch.no_grad()
     def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
         return self.frozen(micro, *asked)
@@ -174,10 +184,11 @@ def make_reference(policy: nn.Module, which: str, moves: bool = False, name: str
 
     `initial` is the policy as it stands now; `base` the model without its adapter. A fresh LoRA adapter changes nothing, so both are
     the adapter switched off; an adapter loaded from disk makes them differ, and so does a reference that `moves` (is refreshed on the
-    way). The copy shares dtype, attention and device with the policy. `name` tells several copies of one adapter apart.
+    way). Of a diffusion model the whole is then copied. The copy shares dtype, attention and device with the policy. `name` tells several
+    copies of one adapter apart.
     """
     lora = getattr(getattr(policy, "cfg", None), "lora", None)
-    if lora is not None and lora.enabled:
+    if lora is not None and lora.enabled and not (hasattr(policy, "denoiser") and (lora.adapter or moves) and which != "base"):
         return AdapterOff(policy) if which == "base" or not (lora.adapter or moves) else AdapterCopy(policy, name)
     if which == "base":
         raise UserError("reference.policy=base means the model without its adapter, and there is none; use reference.policy=initial")

@@ -22,6 +22,11 @@ def started(cfg: ModelConfig, key: str = "model.start") -> ModelConfig:
     if cfg.start is None:
         return cfg
     folder = policy_folder(cfg.start, key)
+    if (cfg.kind == "diffusion") != (pictures := any((folder / name).exists() for name in PICTURES)):
+        kinds = ("makes pictures", "does not") if pictures else ("makes no pictures", "does")
+        raise UserError(f"{key}={cfg.start} holds a model that {kinds[0]}, and model={cfg.name} {kinds[1]}; give a run of the same model")
+    if pictures:
+        return _started_pictures(cfg, folder, key)
     language, adapter = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
     if (cfg.kind == "tabular") == (language or adapter):
         kinds = ("a language model", "a table") if language or adapter else ("a table of the bandit world", "a language model")
@@ -39,6 +44,18 @@ def started(cfg: ModelConfig, key: str = "model.start") -> ModelConfig:
     return replace(base, start=cfg.start, lora=replace(base.lora, adapter=str(folder)))
 
 
+PICTURES = ("unet", "transformer", "pytorch_lora_weights.safetensors")  # what a diffusion policy saves, one of them
+
+
+def _started_pictures(cfg: ModelConfig, folder: Path, key: str) -> ModelConfig:
+    """The same for a diffusion model: `policies/pipeline.py` puts whole weights in when it loads it, an adapter is that of its LoRA."""
+    if not (folder / PICTURES[-1]).is_file():
+        return replace(cfg, start=str(folder))
+    if not cfg.lora.enabled:
+        raise UserError(f"{key}={cfg.start} holds a LoRA adapter, and model={cfg.name} has none to put it into; add adapter=lora")
+    return replace(cfg, start=None, lora=replace(cfg.lora, adapter=str(folder)))
+
+
 def policy_folder(path: str, key: str) -> Path:
     """The folder of the policy that the run in the folder `path` has saved, or `path` itself if it holds one."""
     given = Path(path).expanduser()
@@ -49,7 +66,7 @@ def policy_folder(path: str, key: str) -> Path:
         raise UserError(f"{key}={path} holds a run that is not finished: its model is written at the end; let it finish, or choose another")
     if (folder / "prefopt_reward.json").is_file():
         raise UserError(f"{key}={path} holds a reward model, which writes nothing; give a run that trained a policy")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "model.safetensors")):
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json", "model.safetensors", *PICTURES)):
         raise UserError(f"{key}={path} holds neither a run nor a saved model; give the folder of a finished run")
     return folder
 

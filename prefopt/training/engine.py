@@ -91,6 +91,7 @@ class Engine:
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
         """The quantities that the objective reads, for the edges of a micro-batch."""
         kind, layout = self.policy.quantity, micro.layout
+        self._prepare(micro)
         asked, scores = self._asked(micro)
         own = micro.part("policy", self.objective.extra_scorers)
         scores["policy"] = spread(quantities((model or self.model)(own, *asked), own.layout, kind), own, micro)
@@ -114,6 +115,11 @@ class Engine:
         if "writer" in micro.stored:  # of the data, for objectives with the column `logp`
             scores["writer"] = micro.stored["writer"]
         return replace(layout, scores=scores)
+
+    def _prepare(self, micro: MicroBatch) -> None:
+        """Lets a policy decide where pictures are scored, for all scorers, before any of them is asked."""
+        if hasattr(self.policy, "prepare"):
+            self.policy.prepare(micro, self.reference)
 
     def _asked(self, micro: MicroBatch) -> tuple[list[Asked], dict[str, dict[str, Tensor]]]:
         """(what the policy is asked beside log-probs: one thing or nothing; what the frozen scorers have said that had to run first)."""
@@ -187,6 +193,7 @@ class Engine:
             if micro.extra is not None and "policy" not in self.objective.extra_scorers:
                 taught = taught & ~micro.extra
             keep = micro.only(taught).to(self.accelerator.device)
+            self._prepare(keep)
             kept_tokens = taught[micro.layout.token_edge]
             with self._synced(last=i == len(micros) - 1):
                 live = quantities(self.model(keep, *self._asked(keep)[0]), keep.layout, self.policy.quantity)

@@ -6,7 +6,7 @@ What each number means and how its interval is made: docs/judging.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from prefopt.data.records import Completion, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.objectives.base import Batch, Objective, unit_weight
 from prefopt.policies.reference import Provider, Reloaded
+from prefopt.report import picture_measures
 from prefopt.report.calibration import calibration, compared
 from prefopt.report.estimators import by_prompt, distinct, interval, kendall, length_controlled, wins
+from prefopt.rewards.pictures import PARTS
 from prefopt.rewards.true_reward import RewardFunction
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.engine import Engine, quantities
@@ -30,13 +32,16 @@ from prefopt.training.source import OfflineSource
 
 COMPARABLE = ("pair", "ranking", "ranking_all")  # kinds of rows in which one completion is preferred to another
 REWARDS = ("true_reward", "reward")  # of samples
+# Of pictures: accuracy on the draws in each quarter of the process, named by the share of it at which the quarter begins, in percent.
+AT_TIMES = ("accuracy_at/0", "accuracy_at/25", "accuracy_at/50", "accuracy_at/75")
 # Measures in [0, 1], whose intervals stay there.
 SHARES = (
     "accuracy", "ranking_accuracy", "ranking_accuracy_per_token", "reference_ranking_accuracy", "reference_ranking_accuracy_per_token",
-    "win_rate", "lc_win_rate", "finished", "distinct_2", "ece",
+    "win_rate", "lc_win_rate", "finished", "distinct_2", "ece", "saturation", "high_frequency", "prompt_match", "all_parts",
+    *(f"match/{part}" for part in PARTS), *AT_TIMES,
 )  # fmt: skip
 # Measures whose interval is written at every evaluation of a run; `prefopt eval` gives it for all of them.
-WITH_INTERVAL = ("accuracy", "ranking_accuracy", *REWARDS, "win_rate", "lc_win_rate", "kl")
+WITH_INTERVAL = ("accuracy", "ranking_accuracy", *REWARDS, "win_rate", "lc_win_rate", "kl", "prompt_match")
 
 
 Table = dict[int, list[float]]  # row -> one number for each of its replies
@@ -45,8 +50,9 @@ Unit = tuple[int, float, float]  # of a term: row, value, weight
 
 @dataclass
 class Reading:
-    """What is kept of scored rows: `tokens`, `policy` and `reference` (log-probs) and `rewards` of each reply; name -> (weight, units) of
-    the objective's terms."""
+    """What is kept of scored rows: `tokens`, `policy` and `reference` (log-probs) and `rewards` of each reply; of pictures also
+    `policy_draws` and `reference_draws`, the log-probs of each draw, one picture after the other; name -> (weight, units) of the
+    objective's terms."""
 
     tables: dict[str, Table] = field(default_factory=dict)
     units: dict[str, tuple[float, list[Unit]]] = field(default_factory=dict)
@@ -89,14 +95,19 @@ class Judge:
     initial: Provider | None
     baseline: dict[int, dict[str, Any]] | None = None  # the initial policy's sample for each prompt
     reference_judged: bool = False
-    start_logp: Table | None = field(default=None, init=False)  # see `_start`
-    drawn: list[tuple[list[int], list[int]]] = field(default_factory=list, init=False)  # (prompt, reply) ids of the last samples
-    start_drawn: list[tuple[list[int], list[int]]] = field(default_factory=list, init=False)  # the initial policy's, see `_forward_kl`
+    parts: Callable[[str, Any], dict[str, float]] | None = None  # (caption, picture) -> how far each part of it is met, where that is known
+    start: dict[str, Table] = field(default_factory=dict, init=False)  # see `_start`
+    drawn: list[tuple[list[int], Branch]] = field(default_factory=list, init=False)  # (prompt, reply) of the last samples
+    start_drawn: list[tuple[list[int], Branch]] = field(default_factory=list, init=False)  # the initial policy's, see `_forward_kl`
 
     @property
     def main_reward(self) -> str | None:
         """The reward that decides who wins: the known one if there is one."""
         return next((name for name in REWARDS if name in self.rewards), next(iter(self.rewards), None))
+
+    @property
+    def _pictures(self) -> bool:
+        return getattr(self.engine.policy, "layout", "") == "draws"
 
     def __call__(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(metrics row, sample rows) of the policy as it stands."""
@@ -137,12 +148,14 @@ class Judge:
         if not comparable:
             return out | self._single(found.tables)
         tables = (found if direct else self._scored("pairs", rewards=True)).tables
-        start = self._start(tables, "pairs") if "policy" in tables else None
-        tables = {name: table for name, table in tables.items() if name != "reference"}
+        start = self._start(tables, "pairs") if "policy" in tables else {}
+        tables = {name: table for name, table in tables.items() if not name.startswith("reference")}
         if start:
-            tables["start"] = start
+            tables["start"] = start["policy"]
             if not self.reference_judged:  # it does not change, so one row of metrics is enough
-                tables["reference"] = start
+                tables["reference"] = start["policy"]
+            if "policy_draws" in start:
+                out |= self._at_times(tables["policy_draws"], start["policy_draws"])
         self.reference_judged = True
         out |= self._preferences(tables)
         if engine.policy.quantity == "reward":  # its differences are logits of Bradley-Terry, so they can be right or wrong
@@ -151,23 +164,24 @@ class Judge:
             out |= {name: by_prompt(values, prompts) for name, values in calibration(logits, labels).items()}
         return out
 
-    def _start(self, tables: Mapping[str, Table], view: str) -> Table | None:
-        """row -> log-prob of each reply under the reference, or where that moves or is not read under the initial policy; found once.
-        None where neither is in memory."""
+    def _start(self, tables: Mapping[str, Table], view: str) -> dict[str, Table]:
+        """`policy` and, of pictures, `policy_draws` (as in `Reading`) under the reference, or where that moves or is not read under the
+        initial policy; found once. Empty where neither is in memory."""
         engine = self.engine
-        if self.start_logp is None:
+        if not self.start:
             provider = self.initial or (None if engine.moving_reference else engine.reference)
             if "reference" in tables and not engine.moving_reference:
-                self.start_logp = tables["reference"]
+                names = {"reference": "policy", "reference_draws": "policy_draws"}
+                self.start = {names[name]: table for name, table in tables.items() if name in names}
             elif provider is not None:
-                self.start_logp = self._scored(view, provider).tables["policy"]
-        return self.start_logp
+                self.start = self._scored(view, provider).tables
+        return self.start
 
     def _single(self, tables: Mapping[str, Table]) -> dict[str, np.ndarray]:
         """Log-ratios of replies that are compared with no other: demonstrations and what is liked, and what is not."""
         if "policy" not in tables or not (start := self._start(tables, self.held_out.view)):
             return {}
-        logp, out = tables["policy"], {}
+        logp, start, out = tables["policy"], start["policy"], {}
         for name, wanted in (("log_ratio/chosen", True), ("log_ratio/rejected", False)):
             found = [(r, i) for r in sorted(start) for i, liked in enumerate(self.held_out.rows[r].desirable or [True]) if liked == wanted]
             if found:
@@ -274,9 +288,22 @@ class Judge:
         for scorer, prefix in (("policy", ""), ("reference", "reference_")):
             if scorer in tables:
                 units[f"{prefix}ranking_accuracy"] = wins(*sides(scorer))
-                units[f"{prefix}ranking_accuracy_per_token"] = wins(*sides(scorer, per_token=True))
+                if not self._pictures:  # these have as many draws each
+                    units[f"{prefix}ranking_accuracy_per_token"] = wins(*sides(scorer, per_token=True))
         out = {name: by_prompt(values, prompts) for name, values in units.items()}
         return out | {name: by_prompt(values, [self._prompt(r) for r in tau_rows]) for name, values in taus.items()}
+
+    def _at_times(self, policy: Table, start: Table) -> dict[str, np.ndarray]:
+        """Accuracy of the log-ratio at single draws, in each quarter of the process that has any. A pair's pictures share their draws."""
+        draws, found = self.engine.policy.draws, {name: ([], [], []) for name in AT_TIMES}
+        for number, row in enumerate(self.held_out.rows):
+            _, _, group, *drawn = row.tokens.branches[0].ids
+            ratios = (np.array(policy[number]) - np.array(start[number])).reshape(-1, len(drawn))
+            for k, draw in enumerate(drawn):
+                ours, theirs, prompts = found[AT_TIMES[int(4 * draws.time(group, draw)[0])]]
+                for a, b in preferred(row):
+                    ours.append(ratios[a, k]), theirs.append(ratios[b, k]), prompts.append(self._prompt(number))
+        return {name: by_prompt(wins(ours, theirs, TIE), prompts) for name, (ours, theirs, prompts) in found.items() if prompts}
 
     # ---- samples ---------------------------------------------------------------------------------
 
@@ -287,17 +314,18 @@ class Judge:
         mine = list(range(rank, len(self.prompts), world))
         ids = [policy.prompt_ids(self.prompts[i].prompt, self.prompts[i].chat) for i in mine]
         replies = policy.generate(ids, self.sampler, self.seed * 1000 + rank) if mine else []
-        self.drawn = [(prompt, reply.ids) for prompt, reply in zip(ids, replies, strict=True)]
-        log_ratios = self._log_ratios(ids, [r.ids for r in replies])
-        answered = [answer(self.prompts[i], reply.text) for i, reply in zip(mine, replies, strict=True)]
+        self.drawn = [(prompt, reply.branch) for prompt, reply in zip(ids, replies, strict=True)]
+        log_ratios = self._log_ratios(ids, [r.branch for r in replies])
+        answered = [answer(self.prompts[i], reply.text, getattr(reply, "image", None)) for i, reply in zip(mine, replies, strict=True)]
         rewards = {name: reward(answered) for name, reward in self.rewards.items()} if mine else {}
         out = []
         for k, (i, reply, log_ratio) in enumerate(zip(mine, replies, log_ratios, strict=True)):
             own = {name: values[k] for name, values in rewards.items()}
+            made = {"image": reply.image} if self._pictures else {
+                "completion": reply.text, "tokens": len(reply.ids), "finished": reply.finished}  # fmt: skip
             out.append({
-                "step": step, "id": i, "prompt": self.prompts[i].prompt_text, "completion": reply.text, "tokens": len(reply.ids),
-                "finished": reply.finished, "reward": own.get(self.main_reward), "log_ratio": log_ratio,
-                **({"rewards": own} if len(own) > 1 else {}),
+                "step": step, "id": i, "prompt": self.prompts[i].prompt_text, **made, "reward": own.get(self.main_reward),
+                "log_ratio": log_ratio, **({"rewards": own} if len(own) > 1 else {}),
             })
         if world > 1:
             out = gather_object(out)
@@ -308,41 +336,52 @@ class Judge:
         found = self._log_ratios([p for p, _ in self.start_drawn], [r for _, r in self.start_drawn])
         return {} if None in found or not found else {"forward_kl": -np.array(found, dtype=float)}
 
-    def _log_ratios(self, prompts: list[list[int]], replies: list[list[int]]) -> list[float | None]:
-        """log pi(y|x) - log pi_0(y|x) of sampled sequences, nats: exact per sequence, so its mean estimates KL(pi || pi_0)."""
+    def _log_ratios(self, prompts: list[list[int]], replies: list[Branch]) -> list[float | None]:
+        """log pi(y|x) - log pi_0(y|x) of samples, nats: exact per sequence, so its mean estimates KL(pi || pi_0). Of pictures it is the
+        difference of scores at the draws that held-out pictures are judged at."""
         # Temperature or nucleus sampling draws from another distribution than the one whose KL is meant.
-        if self.initial is None or not prompts or self.sampler.temperature != 1 or self.sampler.top_p != 1:
+        if self.initial is None or not prompts or not (self._pictures or self.sampler.temperature == self.sampler.top_p == 1):
             return [None] * len(prompts)
-        rows = [Row(Tokens(p, [Branch(r, [True] * len(r), True)]), "demonstration") for p, r in zip(prompts, replies, strict=True)]
-        budget = self.held_out.budget if self.held_out else 4096
-        source = OfflineSource(rows, "demonstrations", len(rows), budget, self.engine.policy.pad, False, 0)
+        rows = [Row(Tokens(p, [r]), "demonstration") for p, r in zip(prompts, replies, strict=True)]
+        budget, policy = self.held_out.budget if self.held_out else 4096, self.engine.policy
+        pictures = {"layout": policy.layout, "draws": policy.draws} if self._pictures else {}
+        source = OfflineSource(rows, "demonstrations", len(rows), budget, policy.pad, False, 0, **pictures)
         ratios: list[float | None] = [None] * len(rows)
         for micro in source.everything("demonstrations"):
             micro = micro.to(self.engine.accelerator.device)
-            now, start = (quantities(f(micro), micro.layout)["logp"] for f in (self.engine.policy, self.initial))
+            now, start = (quantities(f(micro), micro.layout)["logp"] for f in (policy, self.initial))
             for row, value in zip(micro.rows, (now - start).tolist(), strict=True):
                 ratios[row] = value
         return ratios
 
     def describe(self, samples: Sequence[dict[str, Any]], baseline: Mapping[int, dict[str, Any]] | None) -> dict[str, np.ndarray]:
         """Measures of samples: one value per prompt. Win rates are against `baseline`'s sample for the same prompt, ties half."""
-        out = {"length": [s["tokens"] for s in samples], "finished": [float(s["finished"]) for s in samples]}
+        texts = not self._pictures
+        out = {"length": [s["tokens"] for s in samples], "finished": [float(s["finished"]) for s in samples]} if texts else {}
         for name in self.rewards:
             out[name] = [s["rewards"][name] if "rewards" in s else s["reward"] for s in samples]
         if self.rewards and baseline:
             theirs = [baseline[s["id"]] for s in samples]
             out["win_rate"] = wins([s["reward"] for s in samples], [t["reward"] for t in theirs])
-            longer = np.array([s["tokens"] - t["tokens"] for s, t in zip(samples, theirs, strict=True)], dtype=float)
-            out["lc_win_rate"] = length_controlled(out["win_rate"], longer)
+            if texts:
+                longer = np.array([s["tokens"] - t["tokens"] for s, t in zip(samples, theirs, strict=True)], dtype=float)
+                out["lc_win_rate"] = length_controlled(out["win_rate"], longer)
         if samples[0]["log_ratio"] is not None:
             out["kl"] = [s["log_ratio"] for s in samples]
-        out["distinct_2"] = distinct([s["completion"] for s in samples])
+        if texts:
+            out["distinct_2"] = distinct([s["completion"] for s in samples])
+        else:
+            out |= picture_measures.measures([s["image"] for s in samples])
+            if self.parts:
+                met = [self.parts(s["prompt"], s["image"]) for s in samples]
+                out |= picture_measures.prompt_match(met, range(len(met)))
         return {name: np.array(values, dtype=float) for name, values in out.items() if values is not None}
 
 
-def answer(prompt: Example, text: str) -> Example:
-    """The prompt with this reply as its one completion: what reward functions take."""
-    reply = Completion([Message("assistant", [{"type": "text", "text": text}], train=True)])
+def answer(prompt: Example, text: str, image: Any = None) -> Example:
+    """The prompt with this text or picture as its one completion: what reward functions take."""
+    part = {"type": "text", "text": text} if image is None else {"type": "image", "image": image}
+    reply = Completion([Message("assistant", [part], train=True)])
     return replace(prompt, completions=[reply], kind="demonstration", label=1.0, margin=0.0)
 
 
@@ -363,6 +402,11 @@ def _read(batch: Batch, of: Sequence[int], objective: Objective | None = None, r
     out = Reading({"tokens": _by_row(batch.lengths, of)})
     if "logp" in batch.scores["policy"]:
         out.tables["policy"] = _by_row(batch.logp(), of)
+    if "error" in batch.scores["policy"]:  # pictures
+        of_draws = [of[edge] for edge in batch.token_edge.tolist()]
+        for scorer in ("policy", "reference"):
+            if "token_logp" in batch.scores.get(scorer, {}):
+                out.tables[f"{scorer}_draws"] = _by_row(batch.scores[scorer]["token_logp"], of_draws)
     if objective is None:
         return out
     if "logp" in batch.scores.get("reference", {}):

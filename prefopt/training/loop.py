@@ -42,6 +42,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
             run.moving(step)
             result = run.engine.step(run.source.step(step), learning_rate(step, run.total_steps, cfg.optim))
             step += 1
+            run.moving.after(step)
             log.step(step, result)
             stopping = any_rank(run, stop.name is not None)
             if log.evaluation_due(step) and not stopping:
@@ -60,7 +61,8 @@ class Log:
         self.run, self.cfg = run, run.cfg
         self.began, self.before = time.monotonic(), 0.0
         self.tokens = self.skipped = self.skipped_in_a_row = 0
-        self.speed = Speed(run.peak, run.engine.world, run.unit)
+        self.counted = "pictures" if run.engine.kind.layout == "draws" else "tokens"
+        self.speed = Speed(run.peak, run.engine.world, run.unit, self.counted)
         self.last: dict[str, Any] = {}
         self.warned: set[str] = set()  # alarms that were said while the run goes on
         if run.main:
@@ -105,7 +107,7 @@ class Log:
         self.tokens += int(result.effort.tokens)
         row = {
             "step": step, "seconds": self.seconds, "split": "train", "loss": result.loss, "grad_norm": result.grad_norm,
-            "lr": learning_rate(step - 1, self.run.total_steps, self.cfg.optim), "tokens": self.tokens,
+            "lr": learning_rate(step - 1, self.run.total_steps, self.cfg.optim), self.counted: self.tokens,
             **self.speed.step(result.effort, result.memory, self.run.source.waited), **result.metrics, **self.run.source.metrics,
         }
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
@@ -138,12 +140,13 @@ class Log:
         return self.evaluation_due(step)
 
     def evaluate(self, step: int) -> None:
-        row, samples = self.run.judge(step)
+        with self.run.moving.averaged():
+            row, samples = self.run.judge(step)
         self.last = {"step": step, "seconds": self.seconds, "split": "eval", **row}
         if self.run.main:
             self.write(self.last)
             for sample in samples:
-                self.samples.log(sample)
+                self.samples.log(self.with_file(sample))
             self.warn(step)
             table = sample_table(self.run.folder) if self.trackers and samples else []
             images = [(row["prompt"], row["after"]) for row in table if isinstance(row["after"], Path)]
@@ -151,6 +154,15 @@ class Log:
                 tracker.log_samples(table)
                 tracker.log_images(step, images)
         self.speed.restart()
+
+    def with_file(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample as it is logged: a picture is written to a file of the run folder, and its row names it."""
+        if "image" not in sample:
+            return sample
+        path = Path("samples") / f"step-{sample['step']:06d}" / f"{sample['id']:04d}.png"
+        (self.run.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        sample["image"].save(self.run.folder / path)
+        return {**sample, "image": str(path)}
 
     def checked(self, measured: dict[str, float]) -> None:
         """Writes what the self-check measured before the first step, for the alarms."""
@@ -183,7 +195,7 @@ class Log:
 
     def finished(self, step: int) -> dict[str, Any]:
         if self.run.main:
-            with checkpoint.naming(self.run.folder / "model"):
+            with checkpoint.naming(self.run.folder / "model"), self.run.moving.averaged():
                 self.run.engine.policy.save(self.run.folder / "model")
         self.close("finished", step, "")
         return self.last

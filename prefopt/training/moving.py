@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prefopt.config.schema import TrainConfig
 from prefopt.objectives.base import Objective
@@ -22,6 +24,46 @@ def moving_averages(objective: Objective, policy: nn.Module) -> dict[str, Adapte
     return {name: make_reference(policy, "initial", moves=True, name=name) for name in objective.averages()}
 
 
+class WeightAverage:
+    """A moving average of the trained weights, as DDPM samples from one (arXiv 2006.11239): average <- d average + (1 - d) weights after
+    each optimiser step n (from 1), with d = min(decay, (1 + n) / (10 + n)), so that a short run does not stay where it began."""
+
+    def __init__(self, policy: nn.Module, decay: float):
+        self.policy, self.decay = policy, decay
+        self.weights = {name: p.detach().clone() for name, p in policy.trainable().items()}
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.policy.trainable().items():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.weights
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, held in self.weights.items():
+            held.copy_(state[name])
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Puts the average in the place of the weights."""
+        for name, parameter in self.policy.trainable().items():
+            parameter.copy_(self.weights[name])
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """In it, the policy is the average; then its own weights are back, bit for bit."""
+        own = {name: p.detach().clone() for name, p in self.policy.trainable().items()}  # a copy: what is only detached would change, too
+        self.take()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.policy.trainable().items():
+                    parameter.copy_(own[name])
+
+
 class Moving:
     """Called before every optimiser step, at which it does what is due. Make it before the first step and before a checkpoint is loaded,
     where the policy still stands where it starts; what it keeps goes into the checkpoints (`Engine.beside`).
@@ -36,6 +78,8 @@ class Moving:
         engine.beside |= averages
         if cfg.source.extrapolate:
             engine.beside["extrapolation"] = Extrapolation(engine.policy.trainable(), cfg.source.extrapolate)
+        if cfg.train.ema is not None:
+            engine.beside["ema"] = WeightAverage(engine.policy, cfg.train.ema)
 
     def __call__(self, step: int) -> None:
         """Before optimiser step `step` (from 0), on every process."""
@@ -48,6 +92,15 @@ class Moving:
             beside["reference"].refresh(self.cfg.mix)
         for name, mix in self.engine.objective.averages().items():
             beside[name].refresh(mix)
+
+    def after(self, step: int) -> None:
+        """After optimiser step `step` (from 1), before anything is evaluated or kept of it."""
+        if "ema" in self.engine.beside:
+            self.engine.beside["ema"].refresh(step)
+
+    def averaged(self) -> AbstractContextManager:
+        """In it, the policy is what is evaluated, sampled and saved: the average of its weights under `train.ema`."""
+        return self.engine.beside["ema"].active() if "ema" in self.engine.beside else nullcontext()
 
     def stands_still(self, total: int) -> str:
         """What to say of a reference that was to move, where a run of so many steps is over before it does; empty if it does move."""

@@ -101,7 +101,7 @@ def ground_of(cfg: TrainConfig) -> Ground:
     else:
         config = load_config(locate(cfg.model, weights=False), cfg.trust)
     online, view = cfg.source.kind != "offline", "pairs" if objective.view == "groups" else objective.view
-    train, held_out = load_data(cfg.data)
+    train, held_out = load_data(cfg.data, cfg.trust)
     apply_transforms((train, held_out), cfg.data, cfg.seed)  # as far as that needs no model
     as_prompts = online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out.examples)
     settings = (cfg.data, tokeniser, view, objective.columns, objective.mismatched, cfg.seed, iter, objective.extra)
@@ -259,9 +259,10 @@ def _steps_of(wanted: Sequence[int], source: OfflineSource, steps: int) -> Itera
 
 def _copies(cfg: TrainConfig, objective: Objective, reference: str) -> int:
     """Models of the policy's size that stay in memory beside it: a frozen reference, where that moves the start for KL as well, moving
-    averages, the weights of the last round, teachers."""
+    averages (of the objective's or `train.ema`'s), the weights of the last round, teachers."""
     moves = cfg.reference.refresh != "never" and reference != "none"
-    own = 0 if cfg.model.lora.enabled else len(objective.averages()) + (moves and cfg.evaluation.kl) + bool(cfg.source.extrapolate)
+    own = 0 if cfg.model.lora.enabled else (
+        len(objective.averages()) + (moves and cfg.evaluation.kl) + bool(cfg.source.extrapolate) + (cfg.train.ema is not None))
     return (reference == "frozen copy") + own + _teachers(cfg, objective)
 
 

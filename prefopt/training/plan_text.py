@@ -24,12 +24,16 @@ def plan_text(cfg: TrainConfig) -> str:
         from prefopt.data.sources import load_data
         from prefopt.data.transforms import apply_transforms
 
-        train = load_data(cfg.data)[0]
+        train = load_data(cfg.data, cfg.trust)[0]
         apply_transforms([train], cfg.data, cfg.seed)
         rows = len(train.examples)
         steps = cfg.train.steps or max(1, -(-int(cfg.train.epochs * rows) // cfg.train.batch_size))
         return f"fits: model={cfg.model.name} is a table of a few numbers; {steps:,} steps over {rows:,} rows take seconds and no memory " \
                "to speak of"
+    if cfg.model.kind == "diffusion":
+        from prefopt.training.plan_pictures import picture_plan_text
+
+        return picture_plan_text(cfg)
     plan = estimate(cfg, ground_of(cfg))
     return "\n".join([verdict(plan), "", *table(_about(plan), "  "), "", *memory_lines(plan.memory, cfg), "", *_work_lines(plan)])
 
@@ -74,13 +78,13 @@ def _about(plan: Plan) -> list[tuple[str, str]]:
     return out
 
 
-def memory_lines(needs: Memory, cfg: TrainConfig) -> list[str]:
+def memory_lines(needs: Memory, cfg: TrainConfig, working: str = "chunk of logits, gradients on their way") -> list[str]:
     """The parts of one process, and its worst moment."""
     rows = [
         ("weights", needs.weights), ("optimiser (AdamW's moments)", needs.optimizer), ("gradients", needs.gradients),
         ("reference", needs.reference),
         (f"activations of a micro-batch{' (layers recomputed)' if cfg.model.gradient_checkpointing else ''}", needs.activations),
-        ("chunk of logits, gradients on their way", needs.working), ("allocator's slack", needs.slack),
+        (working, needs.working), ("allocator's slack", needs.slack),
         ("libraries and data", needs.runtime),
     ]
     lines = table([(name, _gb(value)) for name, value in rows], "  ")
@@ -123,7 +127,7 @@ def out_of_memory(run: Run, error: BaseException) -> str | None:
     held = peak_memory(run.engine.accelerator.device)
     said = f"memory ran out ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}). At most {_gb(held)} were held."
     if not hasattr(run.engine.policy, "inner"):
-        return said
+        return f"{said} prefopt plan, with the same words, says what would take less." if run.cfg.model.kind == "diffusion" else said
     try:
         plan = estimate(run.cfg, ground_of_run(run))
         found = mend(tighter(plan, held))

@@ -14,6 +14,7 @@ SHOWN: tuple[tuple[str, int, Callable[[float, str], str]], ...] = (
     ("accuracy", 3, lambda x, _: f"acc {x:.2f}"),
     ("rows_per_second", 1, lambda x, unit: f"{_short(x)} {unit}/s"),
     ("tokens_per_second", 4, lambda x, _: f"{x:,.0f} tok/s"),
+    ("pictures_per_second", 4, lambda x, _: f"{_short(x)} pictures/s"),
     ("useful_mfu", 5, lambda x, _: f"MFU {_short(100 * x)} %"),
     ("padding", 7, lambda x, _: f"pad {100 * x:.0f} %"),
     ("peak_memory", 6, lambda x, _: f"{x / 1e9:.1f} GB"),

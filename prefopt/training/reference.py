@@ -61,6 +61,10 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
     stored: Stored | None = None
     about: dict[str, Any] = {}
     live = f"it moves (reference.refresh={cfg.reference.refresh})" if moves else ""
+    if cfg.model.kind == "diffusion" and not cfg.noise.pool:
+        live = "every visit has new draws of noise (noise=pool keeps a few, and what the reference says of them)"
+    if cfg.model.kind == "diffusion" and cfg.noise.plan in ("inverted", "path"):
+        live = f"noise.plan={cfg.noise.plan} finds where pictures are scored while it trains"
     if "reference" in objective.states_of:
         live = f"{type(objective).__name__} reads more than its log-probs"
     if reads and may_store and live and cfg.source.kind == "offline":
@@ -91,7 +95,9 @@ def _loader(cfg: TrainConfig, policy: nn.Module, accelerator: Accelerator) -> Ca
     def load() -> nn.Module:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), redirect_stderr(io.StringIO()):  # what there is to say was said at the start
-            again = load_policy(model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed)
+            again = load_policy(model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, noise=cfg.noise)
+            if cfg.model.kind == "diffusion":
+                again.encodings = policy.encodings
         if again.source["fingerprint"] != expected:
             raise UserError(f"the weights of {again.source['where']} have changed since the run started from them, so KL to them cannot be "
                             "measured; put them back, or set evaluation.kl=false")
@@ -144,13 +150,17 @@ def missing_tokens(row: Row, keys: Sequence[bytes], missing: Collection[bytes]) 
 def identity_of(cfg: TrainConfig, policy: nn.Module) -> dict[str, Any]:
     """Everything about the reference and the rendering of rows that its log-probs may depend on, in parts that people can read."""
     of_adapter = cfg.reference.policy == "initial" and cfg.model.lora.adapter
+    weights = policy.source["fingerprint"] or _hash((n, p) for n, p in policy.named_parameters() if "lora_" not in n)
+    adapter = _hash(policy.trainable().items()) if of_adapter else None
+    if cfg.model.kind == "diffusion":
+        return {"weights": weights, "adapter": adapter, **policy.identity()}
     tokeniser, data = policy.tokeniser, cfg.data
     # Scoring has no dropout and no cache, and a folder may be moved.
     config = {k: v for k, v in policy.inner.config.to_dict().items()
               if "drop" not in k and k not in ("_name_or_path", "transformers_version", "use_cache")}
     return {
-        "weights": policy.source["fingerprint"] or _hash((n, p) for n, p in policy.named_parameters() if "lora_" not in n),
-        "adapter": _hash(policy.trainable().items()) if of_adapter else None,
+        "weights": weights,
+        "adapter": adapter,
         "architecture": _short(json.dumps(config, sort_keys=True, default=str)),
         "tokenizer": _short(f"{tokeniser.adds_bos} {tokeniser.tokenizer.backend_tokenizer.to_str()}"),
         "chat_template": _short(repr((tokeniser.template, tokeniser.thinking, sorted(tokeniser.ends)))),
@@ -193,7 +203,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     # Scored are what the scorer is asked about: extra sequences may be for others, and get zeros.
     rows = every if scorer in objective.extra_scorers else [replace(row, extra=[]) for row in every]
     value = objective.soft_value() if "value" in objective.quantities[scorer] else None
-    level = "tokens" if value or "token_logp" in objective.quantities[scorer] else "sums"
+    level = "tokens" if value or "token_logp" in objective.quantities[scorer] or source.draws is not None else "sums"
     lora, identity = cfg.model.lora, identity_of(cfg, policy)
     if value:  # a number per token as well, filed apart
         identity["quantity"] = "value, weight {:g}, temperature {:g}".format(*value)
@@ -318,14 +328,15 @@ def _score(part: Sequence[tuple[int, list[int]]], rows: Sequence[Row], level: st
         every = rows[row].everything()
         for _, own in groupby(numbers, key=lambda i, every=every: every[i][0]):  # one prompt after the other
             of.append((row, list(own)))
-            asked.append(Row(Tokens(every[of[-1][1][0]][0], [every[i][1] for i in of[-1][1]]), "pair"))
+            tokens = Tokens(every[of[-1][1][0]][0], [every[i][1] for i in of[-1][1]], frame=rows[row].tokens.frame)
+            asked.append(Row(tokens, "pair"))
     for micro in replace(source, rows=asked).everything("pairs"):
         if not micro.rows:  # another process has one more
             continue
         micro = micro.to(accelerator.device)
         made = quantities(filler(micro), micro.layout)
         values = made["token_logp" if level == "tokens" else "logp"].float().cpu().numpy()
-        lengths = micro.layout.lengths.tolist() if level == "tokens" else [1] * len(micro.layout.lengths)
+        lengths = micro.trained.sum(1).tolist() if level == "tokens" else [1] * len(micro.layout.lengths)
         edges = [(of[place][0], number) for place in micro.rows for number in of[place][1]]
         begin = 0
         for (row, number), length in zip(edges, lengths, strict=True):

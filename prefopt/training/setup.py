@@ -17,7 +17,9 @@ from accelerate import Accelerator
 
 from prefopt.config.mixtures import expanded
 from prefopt.config.schema import TrainConfig
+from prefopt.config.strength import SD15, in_nats
 from prefopt.data.dataset import Dataset, make_dataset, make_prompts
+from prefopt.data.extra import captions_of
 from prefopt.data.fits import VIEW_OF_KIND, check_use
 from prefopt.data.sources import Split, load_data
 from prefopt.data.steps import mark_steps
@@ -26,6 +28,7 @@ from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
 from prefopt.policies.start import started
+from prefopt.rewards import pictures
 from prefopt.rewards.true_reward import make_rewards
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.tracking.trackers import Guarded
@@ -71,7 +74,7 @@ def make_objective(settings: dict[str, Any]) -> Objective:
     if "parts" in settings:  # of a mixture
         settings = {**settings, "parts": expanded(settings["parts"])}
     try:
-        return kind(**{k: v for k, v in settings.items() if k not in ("_target_", "name", "defaults")})
+        return kind(**{k: v for k, v in in_nats(settings, SD15).items() if k not in ("_target_", "name", "defaults")})
     except ValueError as error:
         raise UserError(f"algo: {error}") from error
 
@@ -153,7 +156,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     if quantity == "reward" and cfg.model.start and cfg.model.lora.adapter:
         raise UserError(f"model.start={cfg.model.start} holds a policy's LoRA adapter, and a reward model can start from whole weights "
                         "only; set model.start=null")
-    splits = train_split, held_out_split = load_data(cfg.data)
+    splits = train_split, held_out_split = load_data(cfg.data, cfg.trust)
     read = {split.name: split.digest() for split in splits}  # transforms belong to the method, and runs over the same rows can be compared
     apply_transforms(splits, cfg.data, cfg.seed, transform_tools(cfg, accelerator.device))
     online = cfg.source.kind != "offline"
@@ -165,11 +168,15 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         mark_steps((*train_split.examples, *held_out_split.examples))
     with accelerator.main_process_first():
         rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
-        policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity)
+        policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity, cfg.noise)
+    if cfg.model.kind == "diffusion":
+        examples = [*train_split.examples, *held_out_split.examples]
+        policy.encode([*examples, *captions_of(examples, objective.extra)], cfg.data, accelerator)
     as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
     train, held_out = (
         make_prompts(s, cfg.data, policy.prompt_ids) if as_prompts[s.name] else
-        make_dataset(s, cfg.data, policy.tokenise, view, objective.columns, objective.mismatched, cfg.seed, extra=objective.extra)
+        make_dataset(s, cfg.data, getattr(policy, f"tokenise_{s.name}", policy.tokenise), view, objective.columns, objective.mismatched,
+                     cfg.seed, extra=objective.extra)
         for s in (train_split, held_out_split)
     )
     if accelerator.is_main_process:
@@ -180,7 +187,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     is_initial = cfg.reference.policy == "initial" or not cfg.model.lora.adapter
     make = dict(view=objective.view, budget=cfg.train.micro_batch_tokens, pad=policy.pad, soft_labels="label" in objective.columns,
                 seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes, layout=policy.layout,
-                share=policy.share)
+                share=policy.share, draws=getattr(policy, "draws", None))
     source = OfflineSource([] if online else train.rows, batch_size=cfg.train.batch_size, **make)
     steps = 0 if online else cfg.train.steps or source.steps(cfg.train.epochs)
     source.total = steps or None
@@ -200,7 +207,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     if held_out.rows and not as_prompts["eval"]:
         held_out_source = OfflineSource(held_out.rows, batch_size=len(held_out.rows), **{**make, "view": view})
     judge = Judge(engine, held_out_source, unique_prompts(held_out, cfg.evaluation.prompts), cfg.sampler, cfg.seed,
-                  rewards, references.initial)
+                  rewards, references.initial, parts=pictures.parts(cfg.data.source))
     peak, peak_from = find_peak(cfg.hardware, accelerator.device) if engine.kind.shape else (None, None)
     about = {
         "device": str(accelerator.device), "machine": machine(accelerator.device),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from prefopt.data.batch import MicroBatch, Row, build, split_step, step_rows
 from prefopt.errors import UserError
@@ -31,6 +33,7 @@ class OfflineSource:
     layout: str = "rows"  # how the policy lays a micro-batch out, and whether it computes a shared prompt once
     share: bool = True
     total: int | None = None  # steps of the run, which stages share; None: one pass over the rows
+    draws: Any = None  # of a policy that scores pictures: at which draws (`policies/noise.py`), new ones at each visit of a row
     waited: ClassVar = 0.0  # seconds that the last `step` spent on what is no training: none, its rows are there
 
     @property
@@ -68,12 +71,17 @@ class OfflineSource:
 
     def chosen(self, number: int) -> list[int]:
         """Row numbers of optimiser step `number` (from 0). Beyond the last stage's share it goes on with that stage."""
+        return self._place(number)[0]
+
+    def _place(self, number: int) -> tuple[list[int], int]:
+        """(row numbers of optimiser step `number`, how often each was in a step of its stage before)."""
         shares = self.shares(self.total)
         stage = 0
         while stage < len(shares) - 1 and number >= shares[stage][1]:
             number, stage = number - shares[stage][1], stage + 1
         rows, _, seed = shares[stage]
-        return [rows[i] for i in step_rows(len(rows), self.batch_size, number, seed)]
+        visit = number // -(-len(rows) // self.batch_size)
+        return [rows[i] for i in step_rows(len(rows), self.batch_size, number, seed)], visit
 
     def begins(self, number: int) -> bool:
         """Whether optimiser step `number` is the first one of a stage."""
@@ -82,14 +90,22 @@ class OfflineSource:
 
     def step(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimiser step `number` (from 0)."""
-        return self.micro_batches(self.chosen(number), self.view)
+        return self.micro_batches(*self._place(number))
 
-    def micro_batches(self, chosen: list[int], view: str) -> list[MicroBatch]:
-        """This rank's share of the rows `chosen`; equally many micro-batches on every rank."""
-        mine = split_step(self.rows, chosen, view, self.budget, self.world, self.layout, self.share)[self.rank]
-        filler = min(chosen, key=lambda r: self.rows[r].size(view, self.layout, self.share))
-        return [build(self.rows, part, view, self.pad, self.soft_labels, filler) for part in mine]
+    def micro_batches(self, chosen: list[int], visit: int | None = None, view: str = "") -> list[MicroBatch]:
+        """This rank's share of the rows `chosen`; equally many micro-batches on every rank. Pictures are scored at the draws of this
+        `visit`, or at all that their rows hold."""
+        view, rows = view or self.view, self.rows
+        if self.draws is not None and visit is not None:
+            rows = {r: self.draws.at(self.rows[r], visit) for r in chosen}
+        mine = split_step(rows, chosen, view, self.budget, self.world, self.layout, self.share)[self.rank]
+        filler = min(chosen, key=lambda r: rows[r].size(view, self.layout, self.share))
+        micros = [build(rows, part, view, self.pad, self.soft_labels, filler) for part in mine]
+        if self.draws is not None:
+            for micro in micros:  # whatever is meant per token is meant per picture: more draws are a better look at the same one
+                micro.layout.lengths = torch.ones_like(micro.layout.lengths)
+        return micros
 
     def everything(self, view: str) -> list[MicroBatch]:
         """This rank's share of one pass over all rows."""
-        return self.micro_batches(list(range(len(self.rows))), view)
+        return self.micro_batches(list(range(len(self.rows))), view=view)

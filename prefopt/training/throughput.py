@@ -18,15 +18,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from prefopt.config.schema import HardwareConfig
+from prefopt.config.schema import HardwareConfig, ModelConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.objectives.base import Objective
 from prefopt.policies.flops import PEAKS, ModelShape, Work, padded_work, peak_flops, shape_of, tree_work
+
+if TYPE_CHECKING:
+    from prefopt.policies.denoiser_flops import DrawShape
 
 RECENT = 20  # steps that the progress line and a step's row look back on
 WARM_UP = 2  # first steps of a start, in which kernels are compiled and memory is taken: left out of a run's averages
@@ -35,7 +38,8 @@ WARM_UP = 2  # first steps of a start, in which kernels are compiled and memory 
 @dataclass(frozen=True)
 class Effort:
     """What some micro-batches ask for. `tokens`: positions with a token, of one pass over them; `slots`: positions with their padding.
-    FLOPs are those of the whole step, 0 where they are unknown.
+    Of a policy that scores pictures both count these, each at each of its draws of noise. FLOPs are those of the whole step, 0 where they
+    are unknown.
     """
 
     rows: float = 0.0
@@ -52,8 +56,8 @@ class Effort:
 class StepKind:
     """What decides the FLOPs of a micro-batch beside its lengths.
 
-    shape:      of the model; None where it has none (a table).
-    layout:     how rows are laid out: rows, trees or packed. `shared`: prompts are computed once for all of their replies.
+    shape:      of the model; None where it has none (a table) or where it cannot be counted.
+    layout:     how rows are laid out: rows, trees or packed; of pictures draws. `shared`: prompts are computed once for all their replies.
     frozen:     most weights get no gradient (LoRA); `adapter` is the number of those that do.
     scores:     log-probs are asked for, so trained positions go through the head.
     fused:      logits are made in chunks, and again in the backward pass.
@@ -67,7 +71,7 @@ class StepKind:
     extra_scorers: who scores the extra sequences of pairs.
     """
 
-    shape: ModelShape | None = None
+    shape: ModelShape | DrawShape | None = None
     layout: str = "rows"
     shared: bool = False
     frozen: bool = False
@@ -79,13 +83,15 @@ class StepKind:
     twice: bool = False
     reference: bool = False
     compared: int = 0
-    teachers: tuple[ModelShape, ...] = ()
+    teachers: tuple[ModelShape | DrawShape, ...] = ()
     extra_scorers: tuple[str, ...] = ("policy", "reference")
 
 
 def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Module] = ()) -> StepKind:
     """How `policy` is trained with `objective`, while `teachers` are run along."""
     layout, shared, twice = getattr(policy, "layout", "rows"), getattr(policy, "share", False), objective.coupling == "global"
+    if layout == "draws":
+        return _kind_of_pictures(policy, objective, teachers)
     if not hasattr(policy, "inner"):
         return StepKind(layout=layout, shared=shared, twice=twice)
     try:
@@ -99,6 +105,24 @@ def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Modul
         getattr(policy, "fuse", False), cfg.gradient_checkpointing,
         policy.inner.config.get_text_config()._attn_implementation, twice, "reference" in objective.quantities,
         head_products(objective, lora, len(teachers)), beside, objective.extra_scorers,
+    )
+
+
+def _kind_of_pictures(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Module]) -> StepKind:
+    """The same of a policy that scores pictures. What a frozen model of other weights costs is taken to be as much."""
+    from prefopt.policies.denoiser_flops import shape_of_denoiser  # diffusers takes seconds to import
+
+    cfg, lora = policy.cfg, policy.cfg.lora.enabled
+    shape = shape_of_denoiser(policy.denoiser, cfg.resolution, policy.trainable() if lora else None)
+    beside = tuple(shape_of_denoiser(teacher.denoiser, cfg.resolution) for teacher in teachers) if shape else ()
+    return picture_kind(cfg, objective, shape, tuple(filter(None, beside)))
+
+
+def picture_kind(cfg: ModelConfig, objective: Objective, shape: DrawShape | None, teachers: tuple[DrawShape, ...] = ()) -> StepKind:
+    """How pictures are trained on with a model of this `shape`."""
+    return StepKind(
+        shape, "draws", frozen=cfg.lora.enabled, recompute=cfg.gradient_checkpointing, twice=objective.coupling == "global",
+        reference="reference" in objective.quantities, teachers=teachers, extra_scorers=objective.extra_scorers,
     )
 
 
@@ -124,6 +148,8 @@ def count(micros: Iterable[MicroBatch], how: StepKind) -> Effort:
 
 
 def _effort(micro: MicroBatch, how: StepKind) -> Effort:
+    if how.layout == "draws":
+        return _effort_of_pictures(micro, how)
     everything, micro = micro, micro.part("policy", how.extra_scorers)
     work, rows = computed(micro, how), float(len(micro.rows))
     tokens = 0.0 if not rows else float(micro.tree_tokens if how.shared else micro.tokens)
@@ -144,6 +170,24 @@ def _effort(micro: MicroBatch, how: StepKind) -> Effort:
     if how.fused:
         executed += how.shape.matrices(Work(scored=taught.scored))
     return Effort(rows, tokens, work.tokens, useful(micro, how) if rows else 0.0, executed)
+
+
+def _effort_of_pictures(micro: MicroBatch, how: StepKind) -> Effort:
+    """The same of pictures: each draw is one pass through the network, and nothing is padded."""
+    everything, micro = micro, micro.part("policy", how.extra_scorers)
+    draws, rows = float(micro.trained.sum()), float(len(micro.rows))
+    taught = float(micro.trained[micro.gradient].sum())
+    if how.shape is None:
+        return Effort(rows, draws if rows else 0.0, draws)
+    executed = how.shape.step(taught if how.twice else draws, how.frozen) + how.twice * how.shape.forward(draws)
+    if how.recompute:
+        executed += how.shape.forward(taught if how.twice else draws)
+    if how.reference and "reference" not in micro.stored:
+        executed += how.shape.forward(float(everything.part("reference", how.extra_scorers).trained.sum()), adapted=False)
+    if "teacher" not in micro.stored:
+        executed += sum(teacher.forward(draws) for teacher in how.teachers)
+    ideal = how.shape.step(taught, how.frozen) + how.shape.forward(draws - taught)
+    return Effort(rows, draws if rows else 0.0, draws, ideal if rows else 0.0, executed)
 
 
 def useful(micro: MicroBatch, how: StepKind) -> float:
@@ -239,14 +283,14 @@ class Span:
     def __add__(self, other: Span) -> Span:
         return Span(self.effort + other.effort, self.seconds + other.seconds, self.possible + other.possible, self.steps + other.steps)
 
-    def rates(self) -> dict[str, float]:
-        """Per second and as shares; what is not known is left out."""
+    def rates(self, counted: str = "tokens") -> dict[str, float]:
+        """Per second and as shares; what is not known is left out. `counted` are tokens or pictures, which are not padded."""
         did, found = self.effort, {}
         if self.seconds > 0:
-            found |= {"rows_per_second": did.rows / self.seconds, "tokens_per_second": did.tokens / self.seconds}
+            found |= {"rows_per_second": did.rows / self.seconds, f"{counted}_per_second": did.tokens / self.seconds}
         if self.possible > 0 and did.executed > 0:
             found |= {"useful_mfu": did.useful / self.possible, "hardware_mfu": did.executed / self.possible}
-        if did.slots > 0:
+        if did.slots > 0 and counted == "tokens":
             found["padding"] = 1 - did.tokens / did.slots
         return found
 
@@ -254,11 +298,12 @@ class Span:
 class Speed:
     """Times the steps of a run. What is not training (evaluations, checkpoints, sampling) is kept out by `restart` and by `waited`.
 
-    `peak` is the FLOP/s of one of `world` devices, None where FLOPs are unknown; `unit` is what a row is called.
+    `peak` is the FLOP/s of one of `world` devices, None where FLOPs are unknown; `unit` is what a row is called,
+    and `counted` what is counted of rows: tokens or pictures.
     """
 
-    def __init__(self, peak: float | None, world: int, unit: str):
-        self.peak, self.world, self.unit = peak, world, unit
+    def __init__(self, peak: float | None, world: int, unit: str, counted: str = "tokens"):
+        self.peak, self.world, self.unit, self.counted = peak, world, unit, counted
         self.recent: deque[Span] = deque(maxlen=RECENT)
         self.began, self.total, self.memory = Span(), Span(), 0  # the first steps of this start; all others of the run
         self.warm = True  # `recent` holds first steps
@@ -282,14 +327,15 @@ class Speed:
             self.warm = False
         self.recent.append(span)
         self.memory = max(self.memory, memory)
-        return {**sum(self.recent, Span()).rates(), "peak_memory": self.memory}
+        return {**sum(self.recent, Span()).rates(self.counted), "peak_memory": self.memory}
 
     def averages(self) -> dict[str, Any]:
         """Of the run so far, without the first steps of each start unless there are no others."""
         span = self.total if self.total.steps else self.began
         if not span.steps:
             return {}
-        return {"unit": self.unit, "steps": span.steps, "seconds": round(span.seconds, 3), **span.rates(), "peak_memory": self.memory}
+        rates = span.rates(self.counted)
+        return {"unit": self.unit, "steps": span.steps, "seconds": round(span.seconds, 3), **rates, "peak_memory": self.memory}
 
     def state(self) -> dict[str, Any]:
         return {"total": asdict(self.total), "memory": self.memory}

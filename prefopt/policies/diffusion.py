@@ -1,0 +1,335 @@
+"""A diffusion or flow model as a policy: pictures are scored by their denoising error, and drawn from noise.
+
+A draw of a time t and a noise eps is to a picture what a token is to a text. Its log-prob, up to what does not depend on the weights, is
+
+    -1/2 w(t) sum over latent dims of (target - prediction(x_t, t, caption))^2    nats, fp32,
+
+and a picture's score is the mean over its draws: the summand of the evidence bound at one time, without the number of times as a factor
+(Diffusion-DPO, arXiv 2311.12908). A difference of scores from a reference's at the same draws estimates log pi - log pi_ref.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, SamplerConfig
+from prefopt.data.batch import MicroBatch
+from prefopt.data.latents import Encodings, encode
+from prefopt.data.records import BadRow, Example, Message
+from prefopt.data.tokenise import Branch, Tokens
+from prefopt.errors import RunFailed
+from prefopt.policies.denoisers import Denoiser
+from prefopt.policies.encoders import Encoders
+from prefopt.policies.inversion import Leg, floored, grid, walk
+from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals
+
+BY_A_MODEL = ("inverted", "path")  # plans of noise that a model makes
+
+
+@dataclass
+class Drawing:
+    """A sampled picture: `branch` is how it is scored, under draws that all evaluations share."""
+
+    image: Any  # PIL.Image
+    branch: Branch
+    text: str = ""
+    finished: bool = True
+
+    @property
+    def ids(self) -> list[int]:
+        return self.branch.ids
+
+
+@dataclass
+class Seen:
+    """What N draws of a micro-batch look at: `clean` latents [N, C, h, w], `share` [N] of the process and `weight` [N] of that time, both
+    fp64; the captions, the sizes, and (group, number, picture) of each."""
+
+    clean: Tensor
+    share: Tensor
+    weight: Tensor
+    captions: list[int]
+    sizes: Tensor | None
+    keys: list[tuple[int, int, int]]
+
+
+@dataclass
+class Sites:
+    """Where N draws of a micro-batch are scored: `x_t` and `target` [N, C, h, w], `t` [N], `weight` [N]; captions and sizes for the
+    network, and the guidance that its prediction is to have."""
+
+    x_t: Tensor
+    target: Tensor
+    t: Tensor
+    weight: Tensor
+    captions: list[int]
+    sizes: Tensor | None
+    guidance: float = 1.0
+
+
+class DiffusionPolicy(nn.Module):
+    """`forward(micro)` -> `token_logp` [N] and `error` [N], the mean over latent dims of the squared error, of N draws in edge order."""
+
+    quantity, layout, share, pad = "token_logp", "draws", False, 0
+
+    def __init__(self, cfg: ModelConfig, noise: NoiseConfig, denoiser: Denoiser, encoders: Callable[[], Encoders], device: torch.device,
+                 precision: str, seed: int, source: dict[str, Any]):
+        super().__init__()
+        self.cfg, self.precision, self.source = cfg, precision, source
+        self.denoiser, self.process, self.network = denoiser, denoiser.process, denoiser.network.to(device)
+        self.encodings: Encodings | None = None
+        self.encoders = encoders  # opened when something has to be encoded or decoded
+        self.draws = Draws(noise, seed)
+        self.train()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def scoring(self) -> str:
+        """How pictures are scored, for the manifest."""
+        noise = self.draws.cfg
+        return f"{noise.plan} noise, {noise.timesteps} times, {noise.weighting} weights, {noise.draws} of {noise.pool or 'ever new'} draws"
+
+    def identity(self) -> dict[str, Any]:
+        """What the scores of a draw depend on beside weights and encoded pictures, for the reference store."""
+        noise = {k: v for k, v in asdict(self.draws.cfg).items() if k != "draws"}
+        config = {k: v for k, v in dict(self.network.config).items() if not k.startswith("_")}
+        return {"process": f"{self.process.kind} shift {self.process.shift:g}", "noise": noise,
+                "architecture": json.dumps(config, sort_keys=True, default=str),
+                "dtype": str(next(self.network.parameters()).dtype).removeprefix("torch."), "precision": self.precision}
+
+    # ---- rows ------------------------------------------------------------------------------------
+
+    def encode(self, examples: Sequence[Example], data: DataConfig, accelerator: Any) -> None:
+        """Makes the pictures and captions of `examples` known, from the store or by VAE and text encoders. Raises `UserError`."""
+        side = self.cfg.resolution // self.denoiser.factor
+        self.encodings = encode(
+            examples, data, self.cfg.resolution, self.encoders, shape=(self.denoiser.latent_channels, side, side),
+            rank=accelerator.process_index, world=accelerator.num_processes, wait=accelerator.wait_for_everyone, about=self.source["where"],
+        )
+
+    def tokenise(self, example: Example, held_out: bool = False) -> Tokens:
+        """The addresses of a row's caption and pictures, with the draws that they are scored at. Raises `BadRow`."""
+        caption = self.encodings.caption_of(example.prompt_text)
+        pictures = self.encodings.images_of(example)
+        if len(pictures) < len(example.completions):
+            raise BadRow("it is a text, and this algorithm is about pictures")
+        group = address("group", caption, *sorted(set(pictures)))  # each once: extra sequences show a picture of the row again
+        numbers = self.draws.numbers(held_out)
+        branches = []
+        for completion, picture in zip(example.completions, pictures, strict=True):
+            own = self.encodings.caption_of(completion.text) if completion.text.strip() else caption
+            branches.append(self.draws.branch(picture, own, group, numbers))
+        frame = tuple(self.encodings.latent(pictures[0])[0].shape) if self.encodings.framing.step else ()
+        return Tokens([caption], branches, 0, [0] * len(branches), frame)
+
+    def tokenise_eval(self, example: Example) -> Tokens:
+        """The same for a row of the held-out split."""
+        return self.tokenise(example, held_out=True)
+
+    def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
+        text = "\n".join(m.text for m in prompt)
+        try:
+            return [self.encodings.caption_of(text)]
+        except BadRow:  # asked for by a person
+            return [self.encodings.add_caption(text, self.encoders().captions([text])[0])]
+
+    # ---- scores ----------------------------------------------------------------------------------
+
+    def forward(self, micro: MicroBatch, asked: Any = None) -> dict[str, Tensor]:
+        """Of what may be asked beside: `states` are the predictions, and `divergence` [N] that of both models' Gaussians at a draw, which
+        is half the weighted squared distance of their predictions, of whatever kind."""
+        self.prepare(micro)
+        sites = micro.made
+        prediction = self.predict(sites.x_t, sites.t, sites.captions, sites.sizes, sites.guidance)
+        share = 0.5 * sites.weight / micro.trained.sum(1)[micro.layout.token_edge]
+        squared = (prediction - sites.target).flatten(1).square()
+        made = {"token_logp": -share * squared.sum(1), "error": squared.mean(1)}
+        if asked is not None and asked.states:
+            made["states"] = prediction.detach()
+        if asked is not None and asked.divergence:
+            made["divergence"] = share * (prediction - asked.divergence[1]).flatten(1).square().sum(1)
+        return made
+
+    def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: float = 1.0) -> Tensor:
+        """The network's prediction, fp32. Under `guidance` it is that without the caption, and from there further on (arXiv 2207.12598)."""
+        said = [self.encodings.caption(c) for c in captions]
+        condition = {name: torch.stack([s[name] for s in said]).to(x_t.device) for name in said[0]}
+        with self.autocast():
+            prediction = self.denoiser.predict(x_t, t, condition, sizes).float()
+        if guidance == 1:
+            return prediction
+        blank = self.predict(x_t, t, [self.encodings.caption_of("")] * len(captions), sizes)
+        return blank + guidance * (prediction - blank)
+
+    def prepare(self, micro: MicroBatch, reference: Any = None) -> None:
+        """Finds where the micro-batch is scored, before anybody scores it: policy and `reference` (see `policies/reference.py`) are asked
+        at the very same sites, which the weights of one of them may decide."""
+        if micro.made is None:
+            micro.made = self.sites(micro, reference)
+
+    @torch.no_grad()
+    def sites(self, micro: MicroBatch, reference: Any = None) -> Sites:
+        """Held-out pictures are judged at random noise under every plan, so that all runs are judged alike."""
+        cfg, seen = self.draws.cfg, self._seen(micro)
+        if cfg.plan not in BY_A_MODEL or any(number >= HELD_OUT for _, number, _ in seen.keys):
+            return self._random_sites(seen, micro.input_ids.device)
+        seen.clean = seen.clean.to(micro.input_ids.device)
+        seen.sizes = None if seen.sizes is None else seen.sizes.to(micro.input_ids.device)
+        if cfg.plan == "inverted" and cfg.inverter == "policy":
+            made = self._inverted_sites(seen, self)
+        elif reference is None:
+            raise RunFailed(f"noise.plan={cfg.plan} inverts pictures by the reference, and nobody said which that is")
+        else:
+            with reference.model() as model:
+                made = (self._path_sites if cfg.plan == "path" else self._inverted_sites)(seen, model)
+        return made
+
+    def _seen(self, micro: MicroBatch) -> Seen:
+        edge = micro.layout.token_edge.tolist()
+        ids, trained = micro.input_ids.tolist(), micro.trained.cpu()
+        start = micro.prompt.tolist()
+        numbers = micro.input_ids.cpu()[trained].tolist()
+        x0, times, weights, captions, sizes, keys = [], [], [], [], [], []
+        for e, number in zip(edge, numbers, strict=True):
+            picture, caption, group = ids[e][start[e] : start[e] + HEAD]
+            if self.encodings.mirrored and self.draws.mirrored(group, number):
+                picture = self.encodings.mirrored[picture]
+            mean, std = self.encodings.latent(picture)
+            still = std is None or (self.draws.cfg.plan == "path" and number < HELD_OUT)  # all draws of a picture lie on one path
+            x0.append(mean if still else mean + std * normals(tuple(mean.shape), "posterior", group, number, picture))
+            keys.append((group, number, picture))
+            share, weight = self.draws.time(group, number)
+            times.append(share)
+            weights.append(weight)
+            captions.append(self.encodings.caption_of("") if self.draws.dropped(group, number) else caption)
+            sizes.append(self.encodings.sizes(picture))
+        return Seen(torch.stack(x0).float(), torch.tensor(times, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64), captions,
+                    None if sizes[0] is None else torch.stack(sizes), keys)
+
+    def _weight(self, seen: Seen, t: Tensor) -> Tensor:
+        return (seen.weight * self.process.weight(t, self.draws.cfg.weighting, self.draws.cfg.gamma)).float()
+
+    def _random_sites(self, seen: Seen, device: torch.device) -> Sites:
+        """Made on the CPU from numbers alone, then moved: the same pictures are noised alike on every machine."""
+        clean, t = seen.clean, self.process.times(seen.share)
+        noise = torch.stack([self.draws.noise(tuple(clean.shape[1:]), *key) for key in seen.keys])
+        made = (self.process.noised(clean, noise, t), self.process.target(clean, noise, t), t, self._weight(seen, t))
+        return Sites(*(part.to(device) for part in made), seen.captions, None if seen.sizes is None else seen.sizes.to(device))
+
+    def _walk(self, seen: Seen, model: DiffusionPolicy, reach: Tensor, of: list[int], apart: bool) -> Iterator[Leg]:
+        """Inverts the pictures that the draws `of` look at. With `apart` each draw has random noise (`noise.eta`) of its own."""
+        cfg, device = self.draws.cfg, seen.clean.device
+
+        def predict(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            draws = [of[k] for k in rows.tolist()]
+            sizes = None if seen.sizes is None else seen.sizes[draws]
+            return model.predict(x, t, [seen.captions[k] for k in draws], sizes, cfg.inversion_guidance)
+
+        def noise(i: int, rows: Tensor) -> Tensor:
+            keys = [seen.keys[of[k]] for k in rows.tolist()]
+            return torch.stack([normals(tuple(seen.clean.shape[1:]), "eta", self.draws.seed, group, number if apart else 0, picture, i)
+                                for group, number, picture in keys]).to(device)
+
+        was_training = model.training
+        model.eval()
+        try:
+            yield from walk(self.process, predict, seen.clean[of], reach, cfg.inversion_steps, cfg.eta, cfg.renoise, noise)
+        finally:
+            model.train(was_training)
+
+    def _inverted_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
+        """Each picture is brought to its draw's time, the last one of the grid that is not later; the noise is what leads there from the
+        picture (arXiv 2503.18454, 2506.02698)."""
+        at, device = grid(self.process, self.draws.cfg.inversion_steps), seen.clean.device
+        reach = floored(self.process.times(seen.share), at)
+        x_t = torch.empty_like(seen.clean)
+        for leg in self._walk(seen, model, reach, list(range(len(reach))), apart=True):
+            there = reach[leg.rows] == leg.i
+            x_t[leg.rows[there].to(device)] = leg.after[there.to(device)]
+        t = at[reach].to(device)
+        eps = self.process.noise_between(seen.clean, x_t, t)
+        return Sites(x_t, self.process.target(seen.clean, eps, t), t, self._weight(seen, at[reach]).to(device), seen.captions, seen.sizes)
+
+    def _path_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
+        """Each draw is a state on the way of the reference's inversion, at which it is compared with what the reference itself said there
+        (arXiv 2507.11554). A picture's draws under one caption share the way."""
+        cfg, device = self.draws.cfg, seen.clean.device
+        state = (seen.share * cfg.inversion_steps).long().clamp(0, cfg.inversion_steps - 1) + 1
+        ways: dict[tuple[int, int], list[int]] = {}
+        for k, (caption, (_, _, picture)) in enumerate(zip(seen.captions, seen.keys, strict=True)):
+            ways.setdefault((picture, caption), []).append(k)
+        draws = list(ways.values())
+        reach = torch.tensor([max(int(state[k]) for k in own) for own in draws])
+        x, said = torch.empty_like(seen.clean), torch.empty_like(seen.clean)
+        for leg in self._walk(seen, model, reach, [own[0] for own in draws], apart=False):
+            for place, way in enumerate(leg.rows.tolist()):
+                for k in draws[way]:
+                    if int(state[k]) == leg.i:
+                        x[k], said[k] = leg.before[place], leg.said[place]
+        t = grid(self.process, cfg.inversion_steps)[state]
+        return Sites(x, said, t.to(device), self._weight(seen, t).to(device), seen.captions, seen.sizes, cfg.inversion_guidance)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 products, inside the policy, so that references and sampling compute exactly as training does."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextmanager
+    def without_adapter(self):
+        """The base model, for a reference that costs nothing."""
+        with self.denoiser.without_adapter():
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """What a plain pipeline of diffusers loads: the network, or its LoRA weights."""
+        self.denoiser.save(folder)
+
+    # ---- samples ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Drawing]:
+        """A picture for each caption. Where it starts follows from (seed, caption, how often the caption came before)."""
+        shape, starts, seen = self.encodings.shape, [], {}
+        for (caption,) in prompts:
+            seen[caption] = seen.get(caption, -1) + 1
+            starts.append(normals(shape, "sample", seed, caption, seen[caption]))
+        was_training = self.training
+        self.eval()
+        try:
+            size = sampler.batch_size
+            latents = torch.cat([self._denoise(torch.stack(starts[i : i + size]), prompts[i : i + size], sampler)
+                                 for i in range(0, len(prompts), size)])
+        finally:
+            self.train(was_training)
+        images, numbers, out = self.encoders().decode(latents), self.draws.numbers(held_out=True), []
+        for place, ((caption,), latent, image) in enumerate(zip(prompts, latents.cpu(), images, strict=True)):
+            picture = address("sample", seed, caption, place, latent.numpy().tobytes())
+            self.encodings.add_latent(picture, latent)
+            out.append(Drawing(image, self.draws.branch(picture, caption, address("group", caption, picture), numbers)))
+        return out
+
+    def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig) -> Tensor:
+        """Latents from noise: DDIM, or Euler's steps along a flow."""
+        captions = [caption for (caption,) in prompts]
+        guidance = self.cfg.guidance if sampler.guidance is None else sampler.guidance
+        schedule = self.process.schedule(sampler.steps)
+        x = x.to(self.device)
+        sizes = self.encodings.default_sizes(len(captions))
+        sizes = None if sizes is None else sizes.to(self.device)
+        for now, to in zip(schedule[:-1], schedule[1:], strict=True):
+            t, to = now.expand(len(x)).to(self.device), to.expand(len(x)).to(self.device)
+            x = self.process.step(self.predict(x, t, captions, sizes, guidance), x, t, to)
+        return x

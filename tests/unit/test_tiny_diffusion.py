@@ -1,0 +1,53 @@
+"""The parts of the tiny diffusion models that need no training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefopt.data import tiny_pictures as world
+from prefopt.policies import tiny_diffusion, tiny_parts
+
+
+def test_one_token_for_many_equal_ones_is_the_same_function():
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    width = tiny_diffusion.MMDIT["attention_head_dim"] * tiny_diffusion.MMDIT["num_attention_heads"]
+    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 16, "pooled_projection_dim": 16}
+    network = SD3Transformer2DModel(**shape, caption_projection_dim=width, **tiny_diffusion.MMDIT)
+    x, words, pooled, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16), torch.tensor([100.0, 900.0])
+
+    def out(zeros: int):
+        return network(x, torch.cat([words, torch.zeros(2, zeros, 16)], 1), pooled, t, return_dict=False)[0]
+
+    with torch.no_grad():
+        many, few = out(tiny_diffusion._ZEROS), out(1)
+        network.set_attn_processor(tiny_diffusion._ManyZeros())
+        torch.testing.assert_close(out(1), many, rtol=1e-4, atol=1e-5)
+    assert (many - few).abs().max() > 0.01
+
+
+def test_every_word_is_a_token_and_any_text_can_be_encoded(tmp_path):
+    from transformers import CLIPTokenizer
+
+    tiny_parts.build_tokenizer().save_pretrained(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for text in world.captions("train") + world.captions("eval"):
+        assert len(tokenizer(text).input_ids) == len(text.split()) + 2 <= tokenizer.model_max_length
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).strip() == text
+    assert tokenizer.unk_token_id not in tokenizer("zwölf 🦊 zebras!").input_ids[1:-1]
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="epsilon, v, flow"):
+        tiny_diffusion.ensure_tiny_diffusion("x0")
+
+
+def test_the_t5_of_the_flow_pipeline_is_silent_and_can_be_cut_to_one_token():
+    tokenizer, encoder = tiny_diffusion._t5_tokenizer(), tiny_diffusion._silent_t5(16)
+    for length in (1, 9):
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        tokens = tokenizer(world.captions("eval")[:3], **options).input_ids
+        assert tokens.shape == (3, length) and tokenizer.unk_token_id not in tokens
+        assert torch.equal(encoder(tokens)[0], torch.zeros(3, length, 16))
