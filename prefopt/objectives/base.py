@@ -102,9 +102,10 @@ class Rankings:
 
 
 VIEWS = ("pairs", "unary", "demonstrations", "ranking", "groups")
-# Quantities with a number for each token: its log-prob; of the policy the `divergence` of its distribution from another scorer's; of a
-# teacher the soft `value` before it, and the `distance` from a second teacher. Then the policy's last hidden state, and SparsePO's masks.
-PER_TOKEN = ("token_logp", "divergence", "value", "distance", "hidden", "mask_reward", "mask_kl")
+# Quantities with a number for each token: its log-prob; of a picture's draw the mean squared `error`; of the policy the `divergence` of its
+# distribution from another scorer's; of a teacher the soft `value` before it, and the `distance` from a second teacher. Then the policy's
+# last hidden state, and SparsePO's masks.
+PER_TOKEN = ("token_logp", "error", "divergence", "value", "distance", "hidden", "mask_reward", "mask_kl")
 SHAPES: dict[str, tuple[int, ...]] = {"hidden": (1,), "degree_logits": (2, 3)}  # of what is more than a number
 
 
@@ -210,7 +211,8 @@ class Objective:
     the chosen ones: how far both teachers are apart), MW, ML (u, d: SparsePO's masks), and ZW, ZL (logits of the degrees of
     degradation, of each version of chosen and rejected); of a reward model a, b
     (rewards of both); unary: y, r, n, d (1 if desirable), z (KL estimate), mid (midpoint of the mean y-r of both classes); t (one token's
-    log-prob), s (the same under the reference); groups: R (the completion's reward), G (rewards of its group), tokens (of each token t, o
+    log-prob), s (the same under the reference), zb (mean of y-r over the batch, at least 0); groups: R (the completion's reward), G
+    (rewards of its group), tokens (of each token t, o
     under the policy that sampled it, s under the reference); lists: S (y, r,
     n and the score v of each completion, best first; rank(i, S): place by y - r, win_rate(i, S): mean sigmoid(v - other v)), T
     (h, x: summed hidden state and log-ratio of each step of each completion). sg(x) is x held constant in the gradient. Tests evaluate it
@@ -227,6 +229,7 @@ class Objective:
     # number for the rows that do not.
     columns: ClassVar[tuple[str, ...]] = ("weight",)
     proper_likelihood: ClassVar[bool] = False  # needs log-probs of a normalised distribution (refused on diffusion)
+    pictures: ClassVar[bool] = False  # reads what only pictures have, or is made for their errors (refused on texts)
     mismatched: ClassVar[bool] = False  # also scores each prompt with another row's reply
     extra: ClassVar[tuple[str, ...]] = ()  # further sequences of each pair, under prompts of their own: names of data/extra.py
     extra_scorers: ClassVar[tuple[str, ...]] = ("policy", "reference")  # who scores them; of the others they have scores of 0

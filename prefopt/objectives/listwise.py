@@ -1,4 +1,4 @@
-"""Objectives on lists of ranked completions: PRO, LiPO, DPO under Plackett-Luce, RRHF.
+"""Objectives on lists of ranked completions: PRO, LiPO, DPO under Plackett-Luce, RRHF, RankDPO.
 
 Completions with equal scores are not compared. A pair is a list of two with the scores 1 and 0.
 """
@@ -243,3 +243,67 @@ class RRHF(Objective):
 
     def rewards(self, batch: Batch) -> Tensor:
         return batch.avg_logp().detach()
+
+
+def win_shares(ranking: Rankings, dtype: torch.dtype) -> Tensor:
+    """[S] the share of the others of its list that each entry beats by score."""
+    first, second = ranking.couples()
+    beaten = (ranking.score[first] > ranking.score[second]).to(dtype)
+    return torch.zeros(len(ranking.list), dtype=dtype, device=beaten.device).index_add(0, first, beaten) / (ranking.sizes - 1)[ranking.list]
+
+
+def place_discount(ranking: Rankings, dtype: torch.dtype) -> Tensor:
+    """[S] 1 / ln(1 + place), places from 1 by score; entries with equal scores share the mean of theirs: their order says nothing."""
+    place = torch.arange(len(ranking.list), device=ranking.list.device) - ranking.best[ranking.list]
+    own = 1 / torch.log1p(1 + place.to(dtype))
+    first, second = ranking.couples()
+    first, second = (side[ranking.score[first] == ranking.score[second]] for side in (first, second))
+    return (own + torch.zeros_like(own).index_add(0, first, own[second])) / (1 + torch.bincount(first, minlength=len(own)))
+
+
+@dataclass
+class RankDPO(Objective):
+    """RankDPO: DPO on every two of a ranked list, each weighted by how much DCG their swap would cost (arXiv 2410.18013).
+
+    s_i = beta [log pi(y_i) - log ref(y_i)], nats; phi_i in [0, 1] how good y_i is, tau(i) its rank, from 1; no gradient through Delta
+    Delta_ij = |2^phi_i - 2^phi_j| |1/ln(1+tau(i)) - 1/ln(1+tau(j))|
+    L = sum over phi_i > phi_j of Delta_ij log(1 + exp(-(s_i - s_j))), mean over prompts
+    phi: `wins` is the share of the others that are beaten by score, the paper's label with one judge; with several of them give their mean
+    share as the score, and gain=score. rank_by: `labels`, the paper's listing, in which equals share their ranks' discount; `model`, by s,
+    as a caption there has it (and LiPO). Another base of the logarithm scales the loss only. Rewards: s. Ranges: the loss starts at ln 2
+    times the sum of Delta, rewards at 0. When: several pictures per prompt, of several models, ranked by several judges.
+    Limits: mistakes among the last ranks hardly count; scores enter by their order alone unless gain=score.
+    """
+
+    beta: float = 5000 / 16384
+    gain: Literal["wins", "score"] = "wins"
+    rank_by: Literal["labels", "model"] = "labels"
+
+    view: ClassVar = "ranking"
+    paper: ClassVar = "2410.18013"
+    require: ClassVar = ("beta > 0", "gain in ('wins', 'score')", "rank_by in ('labels', 'model')")
+    formula: ClassVar = {
+        "preference": "sum(abs(2**(v if gain == 'score' else sum(1 for *_, o in S if o < v)/(len(S)-1))"
+        " - 2**(u if gain == 'score' else sum(1 for *_, o in S if o < u)/(len(S)-1))) * (abs(1/log(1 + rank(i, S)) - 1/log(1 + rank(j, S)))"
+        " if rank_by == 'model' else abs(mean(1/log(2 + k) for k, (*_, o) in enumerate(S) if o == v)"
+        " - mean(1/log(2 + k) for k, (*_, o) in enumerate(S) if o == u))) * log(1 + exp(-beta*((y-r) - (x-q))))"
+        f" {EACH} for j, (x, q, k, u) in enumerate(S) if v > u)"
+    }
+    golden: ClassVar = (
+        ({"S": [(-10, -11, 1, 1), (-12, -11.5, 1, 0)], "beta": 0.1}, 0.330632),
+        ({"S": [(-5, -5, 1, 9), (-6, -6, 1, 4), (-7, -7, 1, -2)]}, 0.770429),
+        ({"S": [(-5, -5, 1, 1), (-6, -6, 1, 0.5), (-7, -7, 1, 0)], "gain": "score"}, 0.770429),
+    )
+    limits: ClassVar = (({"S": [(-10, -11, 1, 1), (-12, -11.5, 1, 0)]}, "(1/log(2) - 1/log(3)) * log(1 + exp(-1.5*beta))"),)
+
+    def __call__(self, batch: Batch) -> Terms:
+        ranking, ratio = batch.ranking, batch.log_ratio()[batch.ranking.edge]
+        phi = win_shares(ranking, ratio.dtype) if self.gain == "wins" else ranking.score.to(ratio.dtype)
+        better, worse = ranking.compared()
+        if self.rank_by == "model":
+            delta = swap_gain(ratio.detach(), phi, better, worse, ranking)
+        else:
+            gain, discount = torch.exp2(phi), place_discount(ranking, ratio.dtype)
+            delta = ((gain[better] - gain[worse]) * (discount[better] - discount[worse])).abs()
+        values = per_list(delta * -F.logsigmoid(self.beta * (ratio[better] - ratio[worse])), better, ranking)
+        return Terms([Term("preference", values, "prompt")])

@@ -157,6 +157,9 @@ def _completions(batch: Batch, policy, reference, lengths) -> list[tuple[dict[st
         common["z"] = max(0.0, math.fsum(drift) / len(drift)) if drift else 0.0
     columns = (batch.unary.edge.tolist(), batch.unary.desirable.tolist(), batch.unary.weight.tolist())
     if "logp" in reference:
+        weights = columns[2]
+        ratios = [policy["logp"][e] - reference["logp"][e] for e in columns[0]]
+        common["zb"] = max(0.0, math.fsum(w * g for w, g in zip(weights, ratios, strict=True)) / (math.fsum(weights) or 1))
         common["mid"] = _midpoint([(policy["logp"][e] - reference["logp"][e], d, w) for e, d, w in zip(*columns, strict=True)])
     for edge, desirable, weight in zip(*columns, strict=True):
         names = {"y": policy["logp"][edge], "n": lengths[edge], "d": int(desirable)} | common

@@ -18,6 +18,7 @@ from teacher_samples import STATED, compared, random_stated, stated, taught
 from torch import Tensor
 
 from prefopt.config.mixtures import expanded
+from prefopt.config.strength import SD15, in_nats
 from prefopt.data.batch import Row
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.objectives.base import PER_TOKEN, SHAPES, Batch, Demonstrations, Groups, Objective, Pairs, Rankings, Unary
@@ -37,6 +38,7 @@ def settings_of(slug: str) -> tuple[type[Objective], dict]:
     values.pop("defaults", None)  # what it chooses from other groups
     if "parts" in values:  # of a mixture
         values["parts"] = expanded(values["parts"])
+    values = in_nats(values, SD15)
     module, _, name = values.pop("_target_").rpartition(".")
     return getattr(importlib.import_module(module), name), values
 
@@ -265,6 +267,8 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
 def with_derived(names: dict[str, float]) -> dict[str, float]:
     """The names plus h, mu and sd of a batch of one pair, and t where a unit is a single token's worth of it."""
     names = with_sums(names)
+    if "y" in names or "r" in names:
+        names = {"zb": max(0, names.get("y", 0) - names.get("r", 0))} | names  # of a batch of one
     for side, tokens in (("w", names["W"]), ("l", names["L"])) if "W" in names else ():
         given = {side: math.fsum(t for t, _ in tokens), f"r{side}": math.fsum(s for _, s in tokens), f"n{side}": len(tokens)}
         names = given | names
