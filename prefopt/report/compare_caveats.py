@@ -154,7 +154,7 @@ def _efforts(results: Results) -> list[str]:
 
 
 def _settings(results: Results) -> list[str]:
-    keys = ("sampler.temperature", "sampler.top_p", "sampler.max_new_tokens")
+    keys = ("sampler.temperature", "sampler.top_p", "sampler.max_new_tokens", "sampler.steps", "sampler.guidance", "model.guidance")
     differing = [key for key in keys if len({dig(run.config, key) for run in results.runs}) > 1]
     return [f"{', '.join(differing)} differ, so the samples were not drawn in the same way."] if differing else []
 

@@ -9,7 +9,7 @@ from typing import Any
 from prefopt.report import speed
 from prefopt.report.alarms import alarms
 from prefopt.report.compare_caveats import caveats, count, hardware_line
-from prefopt.report.compare_results import COSTS, MEASURES, SPEEDS, Measure, Results
+from prefopt.report.compare_results import COSTS, MEASURES, OF_PICTURES, OF_TEXTS, SPEEDS, Measure, Results
 from prefopt.report.compare_runs import SAMPLED, Method, Run, dig
 from prefopt.report.compare_stats import MOST_RESAMPLES, RESAMPLES, RESAMPLES_PER_PAIR, Difference, Estimate, mean_interval
 from prefopt.report.page import render
@@ -56,8 +56,9 @@ def make_table(results: Results) -> Table:
     columns = [m for m in (*MEASURES, *COSTS, *SPEEDS) if results.known(m.key)]
     table = Table(columns)
     timed = SPEEDS if any(m in SPEEDS for m in columns) else ()  # runs of earlier versions have no speeds
+    needless = {"samples", *(OF_TEXTS if results.known("pictures") else OF_PICTURES)}  # offline runs sample none, and nobody misses it
     for measure in (*MEASURES, *COSTS, *timed):
-        if measure not in columns and measure.key != "samples":  # offline runs sample none, and nobody misses it
+        if measure not in columns and measure.key not in needless:
             reasons = list(dict.fromkeys(run.why_missing(measure.key) for run in results.runs))
             table.left_out.append(f"{measure.title} ({'; '.join(reasons)})")
     if results.initial:
@@ -89,7 +90,7 @@ def _cell(measure: Measure, estimate: Estimate | None) -> Cell:
 def formatter(measure: Measure) -> Callable[[float], str]:
     if measure.key == "seconds":
         return duration
-    if measure.key in ("tokens", "samples"):
+    if measure.key in ("tokens", "pictures", "samples"):
         return compact
     if measure.key == "flops":
         return lambda value: f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
@@ -273,6 +274,8 @@ def figures(results: Results) -> Group:
         f"True reward against the time spent, evaluations included. {bars}",
         no_reward, unit="true reward", x_unit="seconds",
     )  # fmt: skip
+    if results.known("pictures"):
+        return group
     start = results.initial.get("length")
     group.add(
         "Reply length",

@@ -34,14 +34,18 @@ MEASURES = (
     Measure("finished", "Finished", "finished %", "%", 100, 0),
 )
 COSTS = (
-    Measure("seconds", "Time", "time"), Measure("tokens", "Tokens", "tokens"), Measure("samples", "Sampled replies", "sampled replies"),
+    Measure("seconds", "Time", "time"), Measure("tokens", "Tokens", "tokens"), Measure("pictures", "Pictures", "pictures"),
+    Measure("samples", "Sampled replies", "sampled replies"),
     Measure("flops", "Executed FLOPs", "executed FLOPs"),
 )  # fmt: skip
 SPEEDS = (
     Measure("rows_per_second", "Pairs/s", "pairs/s", "", 1, None), Measure("tokens_per_second", "Tokens/s", "tokens/s", "", 1, None),
+    Measure("pictures_per_second", "Pictures/s", "pictures/s", "", 1, None),
     Measure("useful_mfu", "Useful MFU", "useful MFU %", "%", 100, 0), Measure("padding", "Padding", "padding %", "%", 100, 0),
     Measure("peak_memory", "Peak memory", "peak memory GB", "GB", 1e-9, 1),
 )  # fmt: skip
+# What only these have.
+OF_TEXTS, OF_PICTURES = ("lc_win_rate", "length", "finished", "tokens", "tokens_per_second", "padding"), ("pictures", "pictures_per_second")
 SHARES = ("win_rate", "lc_win_rate", "accuracy", "ranking_accuracy", "finished")
 NEVER_NEGATIVE = ("kl", "length")  # their intervals end at 0, whatever the spread between two seeds says
 

@@ -115,7 +115,7 @@ class Run:
             return next((row.get(key) for row in self.evals if row["step"] == self.step), None)
         if key == "seconds":
             return finite(self.status.get("seconds"))
-        if key in ("tokens", "samples"):  # both count up
+        if key in ("tokens", "pictures", "samples"):  # all count up
             return max((row[key] for row in self.train if key in row), default=None)
         if key == "flops":
             return flops(self)[0]
@@ -146,7 +146,7 @@ class Run:
             return flops(self)[1]
         return {
             "accuracy": "the run reports no accuracy on pairs", "ranking_accuracy": "the run reports no ranking accuracy",
-            "seconds": "status.json has no time", "tokens": "no training step was recorded",
+            "seconds": "status.json has no time", "tokens": "no training step was recorded", "pictures": "no training step was recorded",
             "samples": "trained on stored replies, none were sampled to learn from",
             "useful_mfu": "the model's FLOPs are not known", "rows_per_second": "status.json has no speed",
         }.get(key, "not recorded")  # fmt: skip
@@ -160,6 +160,8 @@ def flops(run: Run) -> tuple[float | None, str]:
     2N per token of a reply that was sampled to learn from. Attention's quadratic part, padding, sampled prompts, reward models and
     evaluations are left out.
     """
+    if run.figure("pictures") is not None:
+        return None, "they do not follow from a number of weights where pictures are trained on; MFU does"
     total, trained = (finite(run.manifest.get(key)) for key in ("parameters", "trainable_parameters"))
     tokens = run.figure("tokens")
     if total is None or trained is None or tokens is None:

@@ -334,12 +334,12 @@ class Group:
         self.panels.append(Panel(title, chart(series, title=title, **options), caption))
 
 
-def groups(train: list[Row], evals: list[Row]) -> list[Group]:
-    """Every curve the rows allow, in the order in which a reader asks: samples, pairs, optimiser."""
-    return [_samples_group(evals), _pairs_group(train, evals), _optimiser_group(train)]
+def groups(train: list[Row], evals: list[Row], pictures: bool = False) -> list[Group]:
+    """Every curve the rows allow, in the order in which a reader asks: samples, pairs, optimiser. `pictures` have no length."""
+    return [_samples_group(evals, pictures), _pairs_group(train, evals, "picture" if pictures else "reply"), _optimiser_group(train)]
 
 
-def _measured(evals: list[Row], key: str, label: str = "", colour: int = 1, scale: float = 1.0) -> Series:
+def interval_curve(evals: list[Row], key: str, label: str = "", colour: int = 1, scale: float = 1.0) -> Series:
     """An evaluation quantity with its interval."""
     rows = [row for row in evals if key in row]
     limits = [row for row in rows if f"{key}_low" in row and f"{key}_high" in row]
@@ -357,24 +357,27 @@ def _measured(evals: list[Row], key: str, label: str = "", colour: int = 1, scal
 
 def _train_and_eval(train: list[Row], evals: list[Row], key: str, scale: float = 1.0) -> list[Series]:
     raw = [(x, y * scale) for x, y in points(train, key)]
-    held_out = _measured(evals, key, "held-out", 2, scale)
+    held_out = interval_curve(evals, key, "held-out", 2, scale)
     if len(raw) < 40:  # too few to smooth: the raw curve is the curve
         return [Series("train", raw), held_out]
     return [Series("", raw, faint=True), Series("train", smooth(raw)), held_out]
 
 
-def _samples_group(evals: list[Row]) -> Group:
-    group = Group("Samples on held-out prompts", "What the model writes, judged at each evaluation.")
+def _samples_group(evals: list[Row], pictures: bool) -> Group:
+    made = "The pictures that the model makes" if pictures else "What the model writes"
+    group = Group("Samples on held-out prompts", f"{made}, judged at each evaluation.")
     group.add(
         "True reward",
-        [_measured(evals, "true_reward")],
+        [interval_curve(evals, "true_reward")],
         "Mean true reward of samples; the band is a 95 % interval.",
         "no true reward is known for this data, or no evaluation was made",
         unit="reward",
     )
+    rewards, caption = [interval_curve(evals, "reward")], "Mean reward of samples by the chosen scorer; the band is a 95 % interval."
+    group.add("Reward", rewards, caption, unit="reward")
     group.add(
         "Win rate",
-        [_measured(evals, "win_rate", scale=100)],
+        [interval_curve(evals, "win_rate", scale=100)],
         "Share of prompts whose sample beats the initial policy’s; a tie counts half.",
         "the evaluation rows hold no win rate",
         unit="%",
@@ -389,7 +392,9 @@ def _samples_group(evals: list[Row]) -> Group:
         unit="reward" if known else "win rate, %",
         x_unit="KL to the initial policy, nats",
     )
-    lengths = _measured(evals, "length")
+    if pictures:
+        return group
+    lengths = interval_curve(evals, "length")
     group.add(
         "Reply length",
         [lengths],
@@ -412,7 +417,7 @@ def _frontier(evals: list[Row], key: str, scale: float = 1.0) -> Series:
     return Series("", curve, marks=True, band=bars, crosses=crosses, notes=notes, tags=tags)
 
 
-def _pairs_group(train: list[Row], evals: list[Row]) -> Group:
+def _pairs_group(train: list[Row], evals: list[Row], made: str) -> Group:
     group = Group(
         "Objective and preference pairs",
         "What the optimiser sees. Thin lines are single steps, thick ones a moving mean.",
@@ -427,7 +432,7 @@ def _pairs_group(train: list[Row], evals: list[Row]) -> Group:
     group.add(
         "Reward margin",
         _train_and_eval(train, evals, "reward/margin"),
-        "Implicit reward of the chosen reply minus that of the rejected one.",
+        f"Implicit reward of the chosen {made} minus that of the rejected one.",
         no_pairs,
         unit="implicit reward",
         guides=[(0, "")],
@@ -435,7 +440,7 @@ def _pairs_group(train: list[Row], evals: list[Row]) -> Group:
     group.add(
         "Accuracy",
         _train_and_eval(train, evals, "accuracy", 100),
-        "Share of pairs in which the chosen reply has the higher implicit reward.",
+        f"Share of pairs in which the chosen {made} has the higher implicit reward.",
         no_pairs,
         unit="%",
         guides=[(50, "chance")],
@@ -444,7 +449,7 @@ def _pairs_group(train: list[Row], evals: list[Row]) -> Group:
     measured = evals if len(points(evals, "logp/chosen")) > 1 else train
     where = "held-out pairs" if measured is evals else "training batches (noisy: each holds other pairs)"
     group.add(
-        "Log-probability of the replies",
+        "Log-probability of the pictures" if made == "picture" else "Log-probability of the replies",
         [_drift(measured, "logp/chosen", "chosen", 1), _drift(measured, "logp/rejected", "rejected", 2)],
         f"Change since the start, mean over {where}. Chosen should not fall along with rejected.",
         no_pairs,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, mean, median, stdev
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from prefopt.errors import UserError
-from prefopt.report import speed
+from prefopt.report import picture_grid, picture_panels, speed
 from prefopt.report.alarms import GUIDE, Alarm, alarms, checked, count
 from prefopt.report.page import render, write_page
 from prefopt.report.plots import Row, change, compact, duration, finite, groups, number, tidy
@@ -109,14 +110,15 @@ def _student(freedom: int) -> float:
 
 
 def _cost(train: list[Row], evals: list[Row], status: dict) -> dict[str, float]:
-    """Seconds, tokens and tokens per second, those that are known."""
+    """Seconds, tokens (or pictures) and how many per second, those that are known."""
     seconds = finite(status.get("seconds"))
     if seconds is None:  # no status: the last time stamp
         seconds = max((row["seconds"] for row in train + evals if "seconds" in row), default=None)
-    tokens = max((row["tokens"] for row in train if "tokens" in row), default=None)
-    speeds = [row["tokens_per_second"] for row in train if "tokens_per_second" in row]
-    average = speed.averages(status).get("tokens_per_second", median(speeds) if speeds else None)
-    found = {"seconds": seconds, "tokens": tokens, "speed": average}
+    found = {"seconds": seconds}
+    for what in speed.COUNTED:
+        if (count := max((row[what] for row in train if what in row), default=None)) is not None:
+            speeds = [row[f"{what}_per_second"] for row in train if f"{what}_per_second" in row]
+            found |= {what: count, "speed": speed.averages(status).get(f"{what}_per_second", median(speeds) if speeds else None)}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -149,7 +151,7 @@ def verdict(rows: list[dict], status: dict, samples: list[dict] | None = None) -
         parts.append(f"replies {how} tokens")
     cost = _cost(train, evals, status)
     spent = [duration(cost["seconds"])] if "seconds" in cost else []
-    spent += [f"{compact(cost['tokens'])} tokens"] if "tokens" in cost else []
+    spent += [f"{compact(cost[what])} {what}" for what in speed.COUNTED if what in cost]
     parts += [", ".join(spent)] if spent else []
     return f"{_ending(status)}{'; '.join(parts)}."
 
@@ -181,9 +183,11 @@ def _movement(evals, samples, key: str, words: str, scale: float, unit: str, dec
 # (key, title, scale, unit, decimals)
 _FIGURES = (
     ("true_reward", "True reward", 1, "", 2),
+    ("reward", "Reward", 1, "", 2),
     ("win_rate", "Win rate", 100, "%", 0),
     ("kl", "KL to the start", 1, "nats", 1),
     ("length", "Reply length", 1, "tokens", 1),
+    ("prompt_match", "Prompt match", 100, "%", 0),
     ("accuracy", "Held-out accuracy", 100, "%", 0),
     ("finished", "Finished replies", 100, "%", 0),
 )
@@ -205,9 +209,10 @@ def figures(rows: list[dict], status: dict) -> list[dict[str, str]]:
     cost = _cost(train, evals, status)
     if "seconds" in cost:
         out.append(_figure("Time", duration(cost["seconds"]), "evaluation included"))
-    if "tokens" in cost:
-        note = f"{compact(cost['speed'])} tokens/s while training" if "speed" in cost else ""
-        out.append(_figure("Tokens trained on", compact(cost["tokens"]), note))
+    for what in (w for w in speed.COUNTED if w in cost):
+        show = compact if what == "tokens" else number
+        note = f"{show(cost['speed'])} {what}/s while training" if "speed" in cost else ""
+        out.append(_figure(f"{what.capitalize()} trained on", compact(cost[what]), note))
     return out
 
 
@@ -232,7 +237,7 @@ def sample_cards(samples: list[dict]) -> dict[str, Any]:
     """Replies of the first and the last evaluation to the same prompts: the first ids and both extremes."""
     steps = _by_step(samples)
     if not steps:
-        return {"cards": [], "extremes": []}
+        return {"cards": [], "extremes": [], "pictures": False, "strips": []}
     first, last = min(steps), max(steps)
     shared = steps[first].keys() & steps[last].keys()
     cards = []
@@ -250,12 +255,19 @@ def sample_cards(samples: list[dict]) -> dict[str, Any]:
     return {
         "first": first, "last": last, "cards": cards[:FIRST_SAMPLES], "total": len(cards),
         "rated": len(rated), "extremes": extremes, "no_loss": bool(rated) and worst["gain"] >= 0,
+        "pictures": _pictures(samples), "strips": picture_grid.over_training(steps),
     }  # fmt: skip
 
 
 def _reply(row: dict) -> dict[str, Any]:
-    found = {"text": str(row.get("completion") or ""), "cut": row.get("finished") is False}
-    return found | {key: finite(row.get(key)) for key in ("reward", "tokens")}
+    image = picture_grid.of_row(row)  # a picture has no tokens
+    found = {"text": str(row.get("completion") or ""), "image": image, "cut": row.get("finished") is False and not image}
+    return found | {"reward": finite(row.get("reward")), "tokens": None if image else finite(row.get("tokens"))}
+
+
+def _pictures(samples: list[dict]) -> bool:
+    """Whether the policy makes pictures."""
+    return any(picture_grid.of_row(row) for row in samples)
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -271,14 +283,15 @@ def write_report(run_dir: Path) -> Path:
     config, manifest, status = (redact(_read_mapping(run_dir / name, problems)) for name in names)
     rows = _read_lines(run_dir / "metrics.jsonl", problems)
     samples = _read_lines(run_dir / "samples.jsonl", problems)
-    html = _render(config, manifest, status, rows, samples, problems)
+    html = _render(config, manifest, status, rows, samples, problems, run_dir)
     if alarms(rows):  # they link to it; a copy beside the report goes where the folder goes
         write_page(run_dir / GUIDE.name, GUIDE.read_text(encoding="utf-8"))
     return write_page(run_dir / "report.html", html)
 
 
-def _render(config: dict, manifest: dict, status: dict, rows: list, samples: list, problems: list) -> str:
-    checks = checked(rows)
+def _render(config: dict, manifest: dict, status: dict, rows: list, samples: list, problems: list, folder: Path) -> str:
+    pictures = _pictures(samples)
+    checks = checked(rows, pictures)
     return render(
         "page.html.j2",
         names={part: str(_dig(config, f"{part}.name") or f"unknown {part}") for part in PARTS},
@@ -287,12 +300,14 @@ def _render(config: dict, manifest: dict, status: dict, rows: list, samples: lis
         message=str(status.get("message") or ""),
         verdict=verdict(rows, status, samples),
         figures=figures(rows, status) + speed.figures(status, manifest),
-        groups=[*groups(tidy(rows, "train"), tidy(rows, "eval")), speed.group(tidy(rows, "train"), status, manifest)],
+        groups=[*groups(tidy(rows, "train"), tidy(rows, "eval"), pictures), *([picture_panels.group(tidy(rows, "eval"))] * pictures),
+                speed.group(tidy(rows, "train"), status, manifest)],
         alarms=[found for _, found in checks if isinstance(found, Alarm)],
         guide=GUIDE.name,
         clear=[name for name, found in checks if found is None],
         unchecked=[(name, found) for name, found in checks if isinstance(found, str)],
         samples=sample_cards(samples),
+        picture=partial(picture_grid.data_uri, folder),
         long_text=LONG_TEXT,
         problems=problems,
         dumps=[("Resolved config", _dump(config)), ("Manifest", _dump(manifest))],

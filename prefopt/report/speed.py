@@ -5,10 +5,12 @@ from __future__ import annotations
 from prefopt.report.plots import Group, Row, Series, finite, number, points, smooth
 
 GB = 1e9
+COUNTED = ("tokens", "pictures")  # of a row; a picture counts at each draw of noise that it is scored at
 
 
 def averages(status: dict) -> dict[str, float]:
-    """The run's averages that are known: `rows_per_second`, `tokens_per_second`, `useful_mfu`, `hardware_mfu`, `padding`, `peak_memory`."""
+    """The run's averages that are known: `rows_per_second`, `tokens_per_second` or `pictures_per_second`, `useful_mfu`,
+    `hardware_mfu`, `padding`, `peak_memory`."""
     found = status.get("speed")
     return {key: n for key, value in found.items() if (n := finite(value)) is not None} if isinstance(found, dict) else {}
 
@@ -47,7 +49,8 @@ def figures(status: dict, manifest: dict) -> list[dict[str, str]]:
     known, rows = averages(status), unit(status)
     tiles = []
     if "rows_per_second" in known:
-        note = f"{number(known['tokens_per_second'])} tokens/s" if "tokens_per_second" in known else ""
+        each = [f"{number(known[f'{what}_per_second'])} {what}/s" for what in COUNTED if f"{what}_per_second" in known]
+        note = " ".join(each)
         tiles.append(_tile(f"{rows.capitalize()} per second", number(known["rows_per_second"]), note))
     if "useful_mfu" in known:
         note = f"hardware MFU {number(100 * known['hardware_mfu'], 0)} %" if "hardware_mfu" in known else ""
@@ -67,6 +70,8 @@ def _tile(title: str, after: str, note: str, unit: str = "") -> dict[str, str]:
 def group(train: list[Row], status: dict, manifest: dict) -> Group:
     """The curves."""
     machine, against, rows = hardware(manifest), peak(manifest), unit(status)
+    pictures = any("pictures_per_second" in row for row in train)
+    lost = "" if pictures else "padding, masked attention, "
     steps = averages(status).get("steps")
     intro = ["Each point looks back on the last 20 steps; evaluations and checkpoints do not count."]
     if steps:
@@ -76,11 +81,15 @@ def group(train: list[Row], status: dict, manifest: dict) -> Group:
     out = Group("Speed", " ".join(intro))
     out.add(f"{rows.capitalize()} per second", [Series("", points(train, "rows_per_second"))], "Trained on, over all processes.",
             "no speed was recorded", unit=f"{rows}/s")
+    if pictures:
+        out.add("Pictures per second", [Series("", points(train, "pictures_per_second"))], "Each at each draw of noise that it is scored "
+                "at, over all processes.", "no speed was recorded", unit="pictures/s")
     curves = [_share(train, "useful_mfu", "useful", 1), _share(train, "hardware_mfu", "hardware", 2)]
-    out.add("Share of the machine’s peak", curves, "Model FLOPs utilisation. Between the curves lie padding, masked attention, "
-            "recomputation and a reference that is run along.", "the FLOPs of this model are not known", unit="MFU, %")
-    out.add("Padding", [_share(train, "padding", "", 1)], "Share of the positions computed that hold no token.", "no padding was recorded",
-            unit="%")
+    out.add("Share of the machine’s peak", curves, f"Model FLOPs utilisation. Between the curves lie {lost}recomputation and a reference "
+            "that is run along.", "the FLOPs of this model are not known", unit="MFU, %")
+    if not pictures:
+        out.add("Padding", [_share(train, "padding", "", 1)], "Share of the positions computed that hold no token.",
+                "no padding was recorded", unit="%")
     memory = [(step, held / GB) for step, held in points(train, "peak_memory")]
     out.add("Peak memory", [Series("", memory)], "Most that any process has held so far, evaluations included.", "no memory was recorded",
             unit="GB")
