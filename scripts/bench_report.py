@@ -212,6 +212,28 @@ def head_block(docs: Path) -> str:
     return "\n\n".join([*out, "All of it: [bench-head.json](bench-head.json)."])
 
 
+def pictures_block(docs: Path, where: str) -> str:
+    """What stands between the markers of the benchmark on pictures."""
+    path = docs / f"bench-diffusion-{where}.json"
+    if not path.is_file():
+        return f"It has not been run yet: `make bench-diffusion-{where}`."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    out, targets = [about(result)], []
+    for cell in result["cells"]:
+        found = [("faster", "times as fast", cell["speedup"], True), ("share", "of its peak memory", cell["memory"], False)]
+        targets += [[f"{cell['name']}: {what}", f"{'at least' if more else 'at most'} {bound:g}", f"{cell[key]:.2f}",
+                     "met" if (cell[key] >= bound if more else cell[key] <= bound) else "not met"] for key, what, bound, more in found]
+        out.append(f"**{cell['name']}**: {cell['what']}, {cell['batch']} pairs a step, {cell['micro']} at once"
+                   f"{', gradient checkpointing' * cell['checkpointing']}, {result['repeats']} run{'s' * (result['repeats'] > 1)} of "
+                   f"{cell['steps']} steps; largest relative difference of loss and log-probs {cell['largest_difference']:.0e}")
+        rows = [[{"prefopt": f"prefopt (reference: {cell['reference'].split(' (')[0]})", "baseline": "plain loop"}[side],
+                 spread(row["pairs_per_second"], decimals=3), spread(row["peak_bytes"], 1e9), spread(row["ready_seconds"], decimals=1)]
+                for side, row in cell["sides"].items()]
+        out.append(table(["", "pairs/s", "peak memory, GB", "first step begins after, s"], rows))
+    out.append(table(["prefopt beside the plain loop", "target", "measured", ""], targets))
+    return "\n\n".join([*out, f"All of it: [{path.name}]({path.name})."])
+
+
 def render(docs: Path) -> None:
     """Writes the plots and the tables of all results that are there."""
     page = docs / "performance.md"
@@ -222,4 +244,6 @@ def render(docs: Path) -> None:
         if path.is_file():
             (docs / "img" / f"bench-{mode}.svg").write_text(plot(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
     text = insert(text, "bench-head", head_block(docs))
+    for where in ("cpu", "gpu"):
+        text = insert(text, f"bench-diffusion-{where}", pictures_block(docs, where))
     page.write_text(text, encoding="utf-8")

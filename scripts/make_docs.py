@@ -69,7 +69,7 @@ def loss_at_start(info: ObjectiveInfo, settings: dict[str, Any]) -> float | None
     defaults = {name: field.default for name, field in info.fields.items()} | settings
     for scores in STARTS:
         for d in (0, 1):
-            names = {**MATHS, "h": 0.0, "p": 1.0, "m": 0.0, "z": 0.0, "mid": 0.0, "d": d, **scores, **defaults}
+            names = {**MATHS, "h": 0.0, "p": 1.0, "m": 0.0, "z": 0.0, "zb": 0.0, "mid": 0.0, "d": d, **scores, **defaults}
             try:
                 values.add(round(sum(eval(text, names) for text in info.formula.values()), 9))
             except (ArithmeticError, NameError, TypeError, ValueError):
@@ -111,7 +111,7 @@ def section(slug: str) -> list[str]:
     lines += ["", "Needs:", "", *(f"- {_literal(line)}" for line in listing.needs_lines(info))]
     recipes = [f"`prefopt train +experiment={name}`" for name in catalogue.experiments(slug)]
     lines += ["", f"A paper's recipe: {', '.join(recipes)}."] if recipes else []
-    return [*lines, "", f"Class: `{info.target}`. Run: `prefopt train algo={slug} model=tiny-lm`.", ""]
+    return [*lines, "", f"Class: `{info.target}`. Run: `{listing.use_line(info)}`.", ""]
 
 
 def others() -> list[tuple[str, str]]:
@@ -149,7 +149,7 @@ def page() -> str:
     for slug in slugs:
         info = algo_info(slug)
         paper = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in catalogue.papers(slug))
-        models = "language" if len(catalogue.modalities(info)) == 1 else "any"
+        models = {("llm",): "language", ("diffusion",): "diffusion"}.get(catalogue.modalities(info), "any")
         needs = ", ".join(word for word, test in catalogue.NEEDS.items() if test(info))
         rows.append((f"[{slug}](#{slug})", paper, info.view, models, needs, _literal(catalogue.summary(slug))))
     for group, name in others():

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.catalogue import algo_info, groups, load_yaml
+from prefopt.config.catalogue import algo_info, groups, load_yaml, modalities
 from prefopt.config.compose import check_algo
 from prefopt.errors import UserError, nearest
 from prefopt.report.compare_stats import Estimate, compare_pairs, mean_interval, reward_pair
@@ -84,6 +84,8 @@ def left_out() -> dict[str, str]:
     for slug in groups()["algo"]:
         if brought(slug).get("source", "offline") != "offline":
             out[slug] = "learns from replies that it samples itself"
+        elif "llm" not in modalities(algo_info(slug)):
+            out[slug] = "is about pictures"
         elif algo_info(slug).scores_rewards:
             out[slug] = "trains a reward model, which writes no replies"
     return out

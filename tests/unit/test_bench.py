@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # they import one another
 bench, data, report, worker = (importlib.import_module(f"bench{part}") for part in ("", "_data", "_report", "_worker"))
+pictures, picture_worker = (importlib.import_module(f"bench_diffusion{part}") for part in ("", "_worker"))
 sys.path.pop(0)
 
 
@@ -233,11 +234,15 @@ def test_insert_replaces_what_stands_between_markers():
             report.insert(broken, "a", "new")
 
 
+PICTURES = ("diffusion-cpu", "diffusion-gpu")
+
+
 def test_render_writes_tables_and_a_plot(tmp_path):
     found, _ = result(tmp_path)
     (tmp_path / "img").mkdir()
     (tmp_path / "bench-cpu.json").write_text(json.dumps(found))
-    (tmp_path / "performance.md").write_text("".join(f"<!-- bench-{m} -->\n<!-- /bench-{m} -->\n" for m in (*report.MODES, "head")))
+    marked = (*report.MODES, "head", *PICTURES)
+    (tmp_path / "performance.md").write_text("".join(f"<!-- bench-{m} -->\n<!-- /bench-{m} -->\n" for m in marked))
     report.render(tmp_path)
     page, plot = (tmp_path / "performance.md").read_text(), (tmp_path / "img" / "bench-cpu.svg").read_text()
     assert "| TRL default | 1.000 | 4.00 | 5.00 | 0.60 |" in page and "| prefopt | 4.000 | 1.00 |" in page
@@ -251,6 +256,8 @@ def test_render_writes_tables_and_a_plot(tmp_path):
 def test_the_page_says_what_the_json_says():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert report.insert(page, "bench-head", report.head_block(ROOT / "docs")) == page, "make bench-docs"
+    for where in ("cpu", "gpu"):
+        assert report.insert(page, f"bench-diffusion-{where}", report.pictures_block(ROOT / "docs", where)) == page, "make bench-docs"
     for mode in report.MODES:
         assert report.insert(page, f"bench-{mode}", report.block(ROOT / "docs", mode)) == page, "make bench-docs"
         if (path := ROOT / "docs" / f"bench-{mode}.json").is_file():
@@ -300,3 +307,81 @@ def test_the_readme_quotes_the_benchmark():
     default, best = cell["sides"]["TRL default"], cell["sides"]["TRL tuned, precomputed"]
     assert f"{default['speedup']:.1f} times as fast as TRL's default and {best['speedup']:.1f} times as fast as its best" in readme
     assert f"in {default['memory']:.2f} and {best['memory']:.2f} of their memory" in readme
+
+
+# ---- pictures --------------------------------------------------------------------------------------
+
+
+def picture_side(pace, peak, chosen=-100.0, steps=3, loss=0.6):
+    return {"ends": [10 + pace * i for i in range(1, steps + 1)], "steps_begin": 8.0, "peak_bytes": peak, "reference": "stored (0 of 8)",
+            "losses": [0.69] + [loss] * (steps - 1), "logps": [[chosen, -90.0]] * steps}  # fmt: skip
+
+
+class PretendedPictures(pictures.Bench):
+    """prefopt takes 1 s a step, the plain loop 2 s."""
+
+    def job(self, kind, cell, folder, **more):
+        folder.mkdir(parents=True)
+        self.turns.append(kind)
+        return picture_side(1.0 if kind == "prefopt" else 2.0, 3e9 if kind == "prefopt" else 5e9)
+
+    @property
+    def turns(self):
+        return self.__dict__.setdefault("_turns", [])
+
+
+def picture_result(tmp_path):
+    made = PretendedPictures(tmp_path, "cpu", "fp32", 1)
+    cell = pictures.replace(pictures.CELLS["cpu"][0], resolution=32, steps=3)
+    return {"environment": bench.environment(made), "repeats": 2, "cells": [pictures.run_cell(made, cell, 2)]}, made.turns
+
+
+def test_sides_of_the_picture_benchmark_take_turns(tmp_path):
+    found, turns = picture_result(tmp_path)
+    assert turns == ["make", "sites", "prefopt", "baseline", "baseline", "prefopt"]
+    cell = found["cells"][0]
+    assert cell["faster"] == pytest.approx(2.0) and cell["share"] == pytest.approx(0.6) and cell["largest_difference"] == 0
+
+
+def test_the_block_of_the_picture_benchmark_says_what_its_json_says(tmp_path):
+    found, _ = picture_result(tmp_path)
+    assert "make bench-diffusion-cpu" in report.pictures_block(tmp_path, "cpu")
+    (tmp_path / "bench-diffusion-cpu.json").write_text(json.dumps(found))
+    block = report.pictures_block(tmp_path, "cpu")
+    assert "| full: times as fast | at least 1.5 | 2.00 | met |" in block
+    assert "| full: of its peak memory | at most 0.7 | 0.60 | met |" in block
+    assert "| prefopt (reference: stored) | 2.000 | 3.00 | 8.0 |" in block and "| plain loop | 1.000 | 5.00 | 8.0 |" in block
+
+
+OTHERS = {"loss of step 2": picture_side(1, 1, loss=0.61), "log-prob of the chosen": picture_side(1, 1, chosen=-100.01)}
+
+
+@pytest.mark.parametrize(("what", "other"), OTHERS.items(), ids=OTHERS)
+def test_picture_sides_that_train_something_else_stop_the_benchmark(what, other):
+    with pytest.raises(SystemExit, match=what):
+        pictures.check_equal("cell", picture_side(1, 1), other, "fp32")
+
+
+@pytest.mark.parametrize("where", sorted(pictures.CELLS))
+def test_cells_of_pictures_have_shapes_and_names_of_their_own(where):
+    cells = pictures.CELLS[where]
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in (*cells, *map(pictures.tiny, cells)):
+        assert cell.shape in picture_worker.SHAPES and cell.resolution % 64 == 0 and cell.batch % cell.micro == 0
+
+
+def test_the_run_of_a_picture_cell_is_a_run_of_prefopt(tmp_path, monkeypatch):
+    """Every word of its command line is known."""
+    from dataclasses import asdict
+
+    from prefopt.launch import app
+
+    found = []
+    monkeypatch.setitem(app.TASKS, "train", found.append)
+    for cell in pictures.CELLS["cpu"]:
+        job = {**asdict(cell), "work": str(tmp_path), "model": str(tmp_path), "rows": str(tmp_path / "rows.jsonl"), "cuda": False,
+               "threads": 1, "precision": "fp32"}  # fmt: skip
+        app.run("train", picture_worker.words(job))
+        cfg = found[-1]
+        assert cfg.model.lora.enabled == cell.lora and (cfg.noise.pool == 1) == cell.stored and cfg.noise.dropout == 0
+        assert cfg.algo["beta"] * 4 * (cell.resolution // 8) ** 2 == pytest.approx(cell.beta)
