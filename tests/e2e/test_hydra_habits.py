@@ -77,7 +77,8 @@ def test_help_of_other_commands(command, part, shown):
 @pytest.mark.parametrize("sign", ["", "+"])
 def test_experiment_and_run_dir(sign, shown):
     printed = yaml.safe_load(shown("train", f"{sign}experiment=simpo_llama3-8b-instruct", "--cfg", "job", "algo.beta=3"))
-    assert printed["algo"] == {"_target_": "prefopt.objectives.reference_free.SimPO", "beta": 3, "gamma": 1.375, "label_smoothing": 0.0}
+    assert printed["algo"] == {"_target_": "prefopt.objectives.reference_free.SimPO", "beta": 3, "gamma": 1.375, "label_smoothing": 0.0,
+                               "link": "logistic"}
     assert printed["model"]["name"] == "llama3-8b-instruct" and printed["train"]["batch_size"] == 128
 
 
@@ -107,7 +108,7 @@ def test_multirun_with_the_options_anywhere(tmp_path, capsys):
 def test_sweep_seeds(tmp_path, monkeypatch):
     """The jobs themselves are replaced: what is tested is which ones there are."""
     seen = []
-    monkeypatch.setattr("prefopt.launch.multirun.run_job", lambda cfg, overrides: seen.append(cfg.seed) or ("finished", ""))
+    monkeypatch.setattr("prefopt.launch.multirun.run_job", lambda cfg, *of: seen.append(cfg.seed) or ("finished", ""))
     assert main(["train", "-m", "sweep=seeds", *FAST, "hydra.sweep.dir=sweep"]) == 0
     assert seen == [0, 1, 2]
 

@@ -17,7 +17,7 @@ from tests import toy
 from tests.toy_runs import train
 from tests.wandb_reader import records
 
-HUB_MODELS = [m for m in groups()["model"] if m not in ("bandit",) and not m.startswith("tiny-lm")]
+HUB_MODELS = [m for m in groups()["model"] if resolved_keys("model", m)["kind"].value == "causal_lm" and not m.startswith("tiny-lm")]
 FAMILY = {  # beginning of a config's name -> (architecture, chat template of its instruct models)
     "llama3": ("llama", "llama3"), "smollm2": ("llama", "chatml"), "mistral": ("mistral", "mistral"), "gemma2": ("gemma2", "gemma"),
     "gemma3": ("gemma3", "gemma3"), "qwen2.5": ("qwen2", "system"), "qwen3": ("qwen3", "qwen3"),

@@ -11,7 +11,7 @@ import torch
 from prefopt.cli import main
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import plan as planning
-from tests import toy
+from tests import tiny_pipelines, toy
 from tests.toy_runs import FAST, train
 
 SMALL = ["hardware=cpu", "hardware.threads=1", "hardware.peak_tflops=0.1", "data.limit=64", "data.eval_limit=8"]
@@ -101,3 +101,70 @@ def test_bad_input_is_refused(capsys, tmp_path):
     assert "hardware.mfu=2" in plan(capsys, "hardware.mfu=2", code=2)
     assert "data.path" in plan(capsys, "data=jsonl", code=2)
     assert "-m makes sweeps of prefopt train" in plan(capsys, "-m", "seed=0,1", code=2)
+
+
+# ---- pictures --------------------------------------------------------------------------------------
+
+PICTURES = ["algo=dpo", "model=tiny-diffusion", "model.resolution=16", "model.latent=[4,2]", "data=tiny-pictures", "data.limit=16",
+            "data.eval_limit=4", "train.batch_size=8", "evaluation.kl=false"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_pipelines.save("sd15", tmp_path_factory.mktemp("pipeline"))
+
+
+def test_a_plan_of_pictures_needs_configs_alone(capsys, pipeline, tmp_path):
+    bare = shutil.copytree(pipeline, tmp_path / "bare")
+    for file in bare.rglob("*.safetensors"):
+        file.unlink()
+    said = plan(capsys, *PICTURES, f"model.path={bare}", "data.latents=fp16")
+    assert said.startswith("fits: ")
+    for words in ("16 rows; 40 pictures and ", "frozen copy", "activations of a micro-batch", "the encoding of pictures and captions",
+                  "workspaces of convolutions are not", "forward", "noise=pool would", "for the VAE to encode",
+                  "stored latents (fp16) 41.0 kB"):
+        assert words in said
+    assert "padding" not in said and "logits" not in said
+    said = plan(capsys, *PICTURES, f"model.path={bare}", "noise=pool", "adapter=lora", "reference.store=on")
+    assert "computed once and stored" in said and "reference store (shared)" in said
+
+
+def test_the_work_on_pictures_is_that_of_the_run(capsys, pipeline, tmp_path):
+    seen, efforts = [], []
+    from prefopt.training import plan_pictures
+    from prefopt.training.engine import Engine
+
+    original, step = plan_pictures.estimate, Engine.step
+    words = [*PICTURES, f"model.path={pipeline}", "train.steps=2", "adapter=lora", "evaluation.prompts=0", "train.self_check=false",
+             "noise.draws=2", "train.micro_batch_tokens=8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_pictures, "estimate", lambda *a: seen.append(original(*a)) or seen[-1])
+        patch.setattr(Engine, "step", lambda *a: efforts.append(result := step(*a)) or result)
+        plan(capsys, *words)
+        assert train(tmp_path / "run", "hardware.peak_tflops=0.1", *words) == 0
+    for name in ("useful", "executed", "tokens", "slots"):
+        assert getattr(seen[0].work, name) == pytest.approx(sum(getattr(e.effort, name) for e in efforts) / 2), name
+    assert seen[0].reference == "adapter off" and seen[0].draws == 8
+
+
+def test_a_run_on_pictures_that_does_not_fit_is_told_what_would_help(capsys, monkeypatch, pipeline):
+    monkeypatch.setattr("prefopt.training.memory.resident", lambda: 0.0)
+    words = [*PICTURES, f"model.path={pipeline}", "evaluation.prompts=0", "train.batch_size=16", "model.gradient_checkpointing=false",
+             "train.micro_batch_tokens=64"]
+    said = plan(capsys, *words, "hardware.memory_gb=0.00001")
+    assert said.startswith("does not fit: ") and "no change of" in said
+    needs = float(re.search(r"fits: ([\d.]+) MB of", plan(capsys, *words))[1])
+    said = plan(capsys, *words, f"hardware.memory_gb={0.7 * needs / 1000}")
+    change = re.search(r"it would with (.*?) \(", said)[1]
+    assert change == "train.micro_batch_tokens=16"
+    assert plan(capsys, *words, f"hardware.memory_gb={0.7 * needs / 1000}", *change.split()).startswith("fits: ")
+
+
+def test_activations_that_cannot_be_measured_are_not_made_up(capsys, monkeypatch, pipeline):
+    def fails(*_):
+        raise RuntimeError("wants numbers")
+
+    monkeypatch.setattr("prefopt.training.plan_pictures._run", fails)
+    said = plan(capsys, *PICTURES, f"model.path={pipeline}")
+    assert said.startswith("needs more than ") and "could not be measured on fake tensors (RuntimeError: wants numbers)" in said
+    assert "activations of" not in said

@@ -16,11 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 from prefopt.cli import main
-from prefopt.config.catalogue import groups
+from prefopt.config.catalogue import algo_info, groups, modalities
 from prefopt.policies.reference import FrozenCopy
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.engine import Engine
+from tests.tiny_pipelines import save
 from tests.toy_runs import FAST, train
 
 pytestmark = pytest.mark.usefixtures("tiny_lm")
@@ -35,7 +36,7 @@ def same(a: Path, b: Path) -> bool:
     return set(left) == set(right) and all(torch.equal(left[n], right[n]) for n in left)
 
 
-@pytest.mark.parametrize("slug", groups()["algo"])
+@pytest.mark.parametrize("slug", [slug for slug in groups()["algo"] if "llm" in modalities(algo_info(slug))])
 def test_every_algorithm_trains_on_the_tiny_world(slug, tmp_path):
     run = tmp_path / slug
     assert train(run, f"algo={slug}", "train.eval_every=4") == 0  # at the start and at the end
@@ -54,6 +55,28 @@ def test_every_algorithm_trains_on_the_tiny_world(slug, tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    return {kind: save(kind, root / kind) for kind in ("sd15", "sd3")}
+
+
+@pytest.mark.parametrize(("slug", "kind"), [("diffusion_dpo", "sd15"), ("diffusion_kto", "sd15"), ("abc_diffusion", "sd15"),
+                                            ("flow_dpo", "sd3")])
+def test_algorithms_train_on_pictures(slug, kind, pipelines, tmp_path):
+    """Random weights, so nothing is learnt; tests/objectives/test_picture_objectives.py has all of them."""
+    run = tmp_path / slug
+    model = ("model=tiny-diffusion", f"model.path={pipelines[kind]}", "model.resolution=16", "model.latent=[4,2]", "sampler.steps=2")
+    assert train(run, f"algo={slug}", *model, "data=tiny-pictures", "data.limit=32", "data.eval_limit=4", "evaluation.prompts=2",
+                 "train.eval_every=4") == 0
+    rows = read_jsonl(run / "metrics.jsonl")
+    trained, judged = ([r for r in rows if r["split"] == split] for split in ("train", "eval"))
+    assert [r["step"] for r in trained] == [1, 2, 3, 4] and all(r["skipped_steps"] == 0 and r["grad_norm"] > 0 for r in trained)
+    assert all(isinstance(judged[-1][key], float) for key in ("accuracy", "true_reward", "win_rate", "kl", "logp/chosen", "prompt_match"))
+    assert judged[0]["kl"] == pytest.approx(0, abs=1e-4) and judged[0]["win_rate"] == 0.5
+    assert (run / "report.html").stat().st_size > 10_000 and any((run / "model").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("model", ["tiny-lm-lora", "bandit"])

@@ -367,9 +367,11 @@ def test_list_filters():
         assert set(_slugs(listing.list_command(["--needs", f"no-{word}", "algo"]))) == set(infos) - wanted
     any_model = set(_slugs(listing.list_command(["algo", "--modality", "diffusion"])))
     assert {"dpo", "simpo", "kto", "lipo"} <= any_model and not {"sft", "orpo", "ld_dpo", "grpo"} & any_model
-    assert all(info.token_level or info.proper_likelihood or slug in any_model for slug, info in infos.items()
+    assert {"diffusion_dpo", "abc_diffusion"} <= any_model and "reward_bt" not in any_model
+    assert all(info.token_level or info.proper_likelihood or info.scores_rewards or slug in any_model for slug, info in infos.items()
                if all(set(q) <= {"logp", "reward", "token_logp"} for q in info.quantities.values()) and not info.extra)
-    assert set(_slugs(listing.list_command(["--modality=llm"]))) == set(infos)
+    texts = set(_slugs(listing.list_command(["--modality=llm"])))
+    assert texts | any_model == set(infos) and {"dpo", "reward_bt"} <= texts and not {"diffusion_dpo", "abc_diffusion", "dspo"} & texts
     assert listing.list_command(["algo", "--view", "demonstrations", "--needs", "reference"]) == "no method fits"
 
 

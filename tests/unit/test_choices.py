@@ -16,13 +16,17 @@ from tests.unit.test_compose import composed, refusal
 
 MODELS = [m for m in catalogue.groups()["model"] if m != "bandit"]
 DATA = [d for d in catalogue.groups()["data"] if d != "bandit"]
-NEEDS_PATH = ("jsonl", "parquet")
 
 
 @cache
 def choice(group: str, name: str):
-    """The composed and typed config of one choice."""
-    extra = ["data.path=x"] if name in NEEDS_PATH else []
+    """The composed and typed config of one choice, with what it cannot be without: pictures want a model of pictures."""
+    keys = catalogue.resolved_keys(group, name)
+    extra = ["data.path=x"] if group == "data" and keys["path"].value == "???" else []
+    if group == "model" and keys["kind"].value == "diffusion":
+        extra.append("data=tiny-pictures")
+    elif group == "data" and keys["pictures"].value == "true":
+        extra.append("model=tiny-diffusion")
     return typed(composed(f"{group}={name}", *extra), "train", "dpo")
 
 
@@ -31,6 +35,10 @@ def test_every_model_goes_with_every_dataset(model):
     info = catalogue.algo_info("dpo")
     for data in DATA:
         both = replace(choice("model", model), data=choice("data", data).data)
+        if both.data.pictures != (both.model.kind == "diffusion"):
+            with pytest.raises(UserError, match="holds (pictures|texts), and model="):
+                check_together(both, info)
+            continue
         check_together(both, info)
         assert (both.model.name, both.data.name) == (model, data)
 
@@ -60,7 +68,7 @@ def test_hub_ids_are_names_and_base_models_bring_a_template():
         if cfg.path:
             assert cfg.path.count("/") == 1 and cfg.revision is None
             tuned = any(word in cfg.path for word in ("nstruct", "-it")) or (model.startswith("qwen3") and not model.endswith("-base"))
-            assert (cfg.chat_template is None) == tuned, model
+            assert cfg.kind == "diffusion" or (cfg.chat_template is None) == tuned, model
 
 
 @pytest.mark.parametrize(("word", "sentence"), [

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from prefopt.config import catalogue
 from prefopt.config.compose import check_algo, dotted, rephrase, typed, unknown_key
-from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, all_keys, config_of
+from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, all_keys, config_of
+from prefopt.config.strength import SD15, in_nats, per_mean
 from prefopt.data.fits import check_data
 from prefopt.errors import UserError
 from prefopt.launch.app import parse, refuse
@@ -34,9 +35,17 @@ def refusal(*overrides: str, command: str = "train") -> str:
     return str(caught.value)
 
 
+PICTURES = ["model=tiny-diffusion", "data=tiny-pictures"]
+
+
 @pytest.fixture(scope="module")
 def plain():
     return OmegaConf.to_container(composed(), resolve=False)
+
+
+@pytest.fixture(scope="module")
+def of_pictures():
+    return OmegaConf.to_container(composed(*PICTURES), resolve=False)
 
 
 def with_key(plain: dict, key: str, value):
@@ -48,11 +57,16 @@ def with_key(plain: dict, key: str, value):
 @pytest.mark.parametrize("group, name", [(g, n) for g in catalogue.GROUPS[:-2] for n in catalogue.groups()[g] if g != "sweep"])
 def test_every_choice_composes_and_is_typed(group, name):
     extra = {"model": ["data=bandit"], "data": ["model=bandit"]}.get(group, []) if name == "bandit" else []
-    extra += ["reward.path=x"] if (group, name) == ("reward", "model") else []
+    extra += ["reward.path=x"] if group == "reward" and name in ("model", "hpsv2", "imagereward") else []
+    extra += ["data=tiny-pictures", "model=tiny-diffusion"] if group == "reward" and name in PICTURE_REWARDS else []
+    extra += PICTURES if group == "algo" and "llm" not in catalogue.modalities(catalogue.algo_info(name)) else []
     extra += ["algo=grpo"] if (group, name) == ("source", "rollout") else []
     extra += {"round": ["source=rounds"], "stage": ["transforms=curriculum"]}.get(name, []) if group == "reference" else []
-    needs_path = (("data", "jsonl"), ("data", "parquet"), ("experiment", "smollm2_real-pairs"))
-    extra += ["data.path=x"] if (group, name) in needs_path else []
+    keys = catalogue.resolved_keys(group, name) if group in ("model", "data") else {}
+    extra += PICTURES[1:] if group == "model" and keys["kind"].value == "diffusion" else []
+    extra += PICTURES[:1] if group == "data" and keys["pictures"].value == "true" else []
+    missing = (group, name) == ("experiment", "smollm2_real-pairs") or group == "data" and keys["path"].value == "???"
+    extra += ["data.path=x"] if missing else []
     used_by = {"dpo": "tgdpo", "dpo_and_reverse": "align_distil", "reward": "mpo_mixed"}
     extra += [f"algo={used_by[name]}"] if group == "stages" and name in used_by else []
     text = (catalogue.conf_dir() / group / f"{name}.yaml").read_text()
@@ -76,10 +90,10 @@ def test_every_choice_key_refuses_a_typo_by_name(key, plain):
 
 @pytest.mark.parametrize("key", sorted(key for key, *_ in BOUNDS))
 def test_every_bound_refuses_by_name(key, plain):
-    value = [2.0] if key == "optim.betas" else -1
+    value = {"optim.betas": [2.0], "model.latent": [0]}.get(key, -1)
     command = next(c for c, schema in COMMANDS.items() if key in all_keys(schema))
     base = plain if command == "train" else OmegaConf.to_container(composed(*NEEDED[command], command=command), resolve=False)
-    with pytest.raises(UserError, match=rf"^{key}=\S+: it must be (at least|above|in|0|two|a share)"):
+    with pytest.raises(UserError, match=rf"^{key}=\S+: it must be (at least|above|in|0|two|a share|\[channels)"):
         typed(with_key(base, key, value), command, "dpo")
 
 
@@ -153,7 +167,7 @@ ALGOS = catalogue.groups()["algo"]
 @pytest.mark.parametrize("slug", [slug for slug in ALGOS if "beta" in catalogue.algo_info(slug).fields])
 def test_beta_below_zero_is_refused_with_the_rule(slug):
     """And 0 as well, where it is a scale; where beta is the weight of a penalty, 0 switches that off."""
-    settings, info = catalogue.load_yaml("algo", slug), catalogue.algo_info(slug)
+    settings, info = in_nats(catalogue.load_yaml("algo", slug), SD15), catalogue.algo_info(slug)
     settings.pop("defaults", None)
     for beta in (-0.1, 0.0) if "beta > 0" in info.require else (-0.1,):
         with pytest.raises(UserError, match=rf"^algo\.beta={beta}: {info.name} needs beta >=? 0; the default is "):
@@ -162,10 +176,10 @@ def test_beta_below_zero_is_refused_with_the_rule(slug):
 
 @pytest.mark.parametrize("slug", [slug for slug in ALGOS if not catalogue.algo_info(slug).needs_reference])
 @pytest.mark.parametrize("key, value", [("policy", "base"), ("refresh", "round"), ("store", "on")])
-def test_a_reference_is_refused_where_none_is_read(slug, key, value, plain):
+def test_a_reference_is_refused_where_none_is_read(slug, key, value, plain, of_pictures):
     settings = catalogue.load_yaml("algo", slug)
     settings.pop("defaults", None)
-    cfg = with_key(plain, "algo", settings)
+    cfg = with_key(plain if "llm" in catalogue.modalities(catalogue.algo_info(slug)) else of_pictures, "algo", settings)
     asked = catalogue.algo_info(slug).quantities
     cfg.teacher.path = "x" if "teacher" in asked else None
     cfg.teacher.reverse = "x" if "distance" in asked.get("teacher", ()) else None
@@ -176,6 +190,17 @@ def test_a_reference_is_refused_where_none_is_read(slug, key, value, plain):
     assert said.startswith(f"reference.{key}={value}: ") and "no reference; use reference." in said
     OmegaConf.update(cfg, f"reference.{key}", "off" if key == "store" else {"policy": "initial", "refresh": "never"}[key])
     assert typed(cfg, "train", slug).algo["name"] == slug
+
+
+@pytest.mark.parametrize("slug", [slug for slug in ALGOS if "llm" not in catalogue.modalities(catalogue.algo_info(slug))])
+def test_what_is_about_pictures_is_refused_on_texts(slug):
+    """By its settings per latent dim; by what it is where these were overridden."""
+    with pytest.raises(UserError, match="makes no pictures; choose model=tiny-diffusion or another"):
+        typed(composed(f"algo={slug}"), "train", slug)
+    if catalogue.algo_info(slug).pictures:
+        numbers = [f"algo.{key}=0.1" for key, value in catalogue.algo_settings(slug).items() if per_mean(value) is not None]
+        with pytest.raises(UserError, match="is about the denoising errors of pictures, and model=tiny-lm makes none; choose model="):
+            typed(composed(f"algo={slug}", *numbers), "train", slug)
 
 
 def rows_of(tmp_path, *rows: dict) -> list[str]:
@@ -234,7 +259,7 @@ def test_columns_tell_whether_a_dataset_fits(overrides, said):
 
 
 @pytest.mark.parametrize("override, said", [
-    ("data=mine", "there is no data=mine; known: bandit, dpo-mix-7k, helpsteer2, hh-rlhf"),
+    ("data=mine", "there is no data=mine; known: bandit, dpo-mix-7k, emoji, helpsteer2, hh-rlhf"),
     ("hydra/launcher=prefop", "there is no hydra/launcher=prefop; did you mean 'hydra/launcher=prefopt'?"),
     ("hydra.run.dr=x", "unknown key 'hydra.run.dr'; did you mean 'hydra.run.dir'?"),
     ("+algo=ipo", "algo is chosen already; write algo=... without the +"),

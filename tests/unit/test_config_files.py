@@ -22,6 +22,7 @@ SCHEMAS = {
     "tracker": schema.TrackerConfig,
     "reward": schema.RewardConfig,
     "sampler": schema.SamplerConfig,
+    "noise": schema.NoiseConfig,
     "source": schema.SourceConfig,
     "reference": schema.ReferenceConfig,
     "teacher": schema.TeacherConfig,

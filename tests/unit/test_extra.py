@@ -93,7 +93,7 @@ def test_only_the_rationale_is_trained_under_both_answers():
 
 @pytest.mark.parametrize("text", [dict(PAIR, prompt="How are you today?", chosen=" I am well today.", rejected=" I am not."),
                                   dict(PAIR, prompt=turns("Hi", "Hello there.", "How are you?"))])
-@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize("name", [name for name, how in EXTRA.items() if not how.beside])  # pictures: test_picture_objectives
 def test_every_sequence_of_every_shape_of_row(name, text):
     row, words = made((name,), text, None if isinstance(text["prompt"], str) else "chatml")
     (tokens,) = row.extra

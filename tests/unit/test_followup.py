@@ -187,4 +187,4 @@ def test_where_it_does_not_fit():
     assert "reward=flr reads texts, and data=bandit has none" in refusal("reward=flr", "model=bandit", "data=bandit")
     assert "reward=followup is for judging a policy's replies" in refusal("reward=flr", "algo=reward_bt")
     assert "prefopt label reward=flr needs one" in refusal("reward=flr", "output=x.jsonl", command="label")
-    assert "is read with reward=model only (or reward=flr)" in refusal("reward.path=x")
+    assert "is read with reward=model only (or reward=flr, " in refusal("reward.path=x")

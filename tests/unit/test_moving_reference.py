@@ -245,6 +245,7 @@ RUNS = {
     "soft": ["algo=tr_dpo"],
     "hard": ["algo=tr_dpo_hard", "reference.every=4"],
     "slow": ["algo=ofs_dpo", "algo.eta=0.3"],
+    "ema": ["algo=dpo", "train.ema=0.9"],
     "accelerated": ["algo=apo_accelerated", *ROUNDS],
     "rounds": ["algo=irepo", *ROUNDS],
 }
@@ -273,7 +274,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(case, tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1].name == "step-000004"
     assert train(tmp_path / "run", *RUNS[case], *BANDIT) == 0
     whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    held = {"slow": "slow", "accelerated": "extrapolation"}.get(case, "reference")
+    held = {"slow": "slow", "ema": "ema", "accelerated": "extrapolation"}.get(case, "reference")
     assert f"{held} logits" in whole and not torch.equal(whole[f"{held} logits"], whole["weights logits"])
     assert whole.keys() == run.keys() and all(torch.equal(whole[name], run[name]) for name in whole)
 
