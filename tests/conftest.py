@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shutil
@@ -24,6 +25,16 @@ def tiny_lm():
 def _own_store(tmp_path_factory):
     """Tests neither read nor fill the user's store. One for all tests of a process: what was stored once has the same bits in each run."""
     os.environ["PREFOPT_STORE"] = str(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collection():
+    """What the libraries made when they were imported lives to the end; without this each collection looks through all of it."""
+    import diffusers  # noqa: F401
+    import transformers  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,18 +11,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from prefopt.errors import UserError
 from prefopt.policies.trees import Trees, by_layer, sees
 
 KERNELS = ("varlen", "flex")
-TAKES = frozenset(inspect.signature(varlen_attn).parameters)  # torch 2.11 brought window_size, 2.12 enable_gqa
 NAMES = {kernel: f"prefopt_{kernel}" for kernel in KERNELS}  # what transformers knows them by
 
 
@@ -71,14 +70,24 @@ def block_mask(trees: Trees, window: int | None) -> Any:
     return make(mask, 1, None, width, width, device=device)
 
 
+@cache
+def takes() -> frozenset[str]:
+    """What torch's kernel is told: 2.11 brought window_size, 2.12 enable_gqa. Importing it takes seconds, so it waits for a use."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def varlen(query: Tensor, key: Tensor, value: Tensor, s: Sequences, scale: float | None, window: int | None) -> Tensor:
     """[T, H, d] softmax(q k^T scale) v within each sequence of `s`; query [T, H, d], key and value [T', H', d] with H' dividing H.
 
     The last query of a sequence sits on its last key; a query sees the keys before and at its own place, with `window` only so many.
     """
-    kernel, grouped = varlen_attn if query.is_cuda else one_by_one, {}
+    kernel, grouped = one_by_one, {}
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn as kernel
     if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in TAKES:
+        if "enable_gqa" in takes():
             grouped = {"enable_gqa": True}
         else:
             key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
@@ -179,7 +188,7 @@ def packed_kernel(config: Any, attention: str, device: torch.device, precision: 
 def has_varlen(device: torch.device) -> bool:
     """Whether torch has the kernel, with sliding windows, on this GPU."""
     flash = torch.backends.cuda.is_flash_attention_available()
-    return "window_size" in TAKES and flash and torch.cuda.get_device_capability(device) >= (8, 0)
+    return flash and torch.cuda.get_device_capability(device) >= (8, 0) and "window_size" in takes()
 
 
 def _fits(config: Any) -> bool:

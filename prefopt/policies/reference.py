@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -173,8 +174,11 @@ class Reloaded:
         return self.model(micro, *asked)
 
     def release(self) -> None:
-        self.model = None
-        gc.collect()  # a model's parts point at each other
+        if self.model is None:
+            return
+        gone, self.model = weakref.ref(self.model), None
+        if gone() is not None:  # its parts point at each other
+            gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

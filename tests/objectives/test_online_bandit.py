@@ -69,8 +69,8 @@ def given_pairs(count: int, seed: int) -> list[Row]:
 
 def test_online_dpo_with_sampled_labels_reaches_the_tilted_reference(tmp_path):
     """Bradley-Terry labels are consistent whoever wrote the pairs, so the optimum is that of offline DPO."""
-    source = SourceConfig("rounds", prompts=240, samples=2, labels="sampled")
-    got = trained("online_dpo", source, tmp_path, 250, 0.1, beta=1.0)
+    source = SourceConfig("rounds", prompts=160, samples=2, labels="sampled")
+    got = trained("online_dpo", source, tmp_path, 160, 0.1, beta=1.0)
     want = torch.tensor(bandit.optimal_policy(1.0), dtype=torch.float64)
     assert (got - want).abs().sum(-1).max() / 2 < 0.08
     assert (REFERENCE - want).abs().sum(-1).max() / 2 > 0.2
@@ -94,8 +94,8 @@ def grpo_optimum(beta: float, samples: int) -> torch.Tensor:
 
 
 def test_grpo_reaches_its_regularised_optimum(tmp_path):
-    source = SourceConfig("rollout", prompts=60, samples=16)
-    got = trained("grpo", source, tmp_path, 200, 0.05, beta=1.0, scale_rewards=False)
+    source = SourceConfig("rollout", prompts=30, samples=16)
+    got = trained("grpo", source, tmp_path, 120, 0.05, beta=1.0, scale_rewards=False)
     want = grpo_optimum(1.0, 16)
     assert torch.allclose(want.sum(-1), torch.ones(bandit.PROMPTS, dtype=torch.float64))
     assert (got - want).abs().sum(-1).max() / 2 < 0.05
@@ -103,8 +103,8 @@ def test_grpo_reaches_its_regularised_optimum(tmp_path):
 
 
 def test_grpo_with_the_unbiased_penalty_reaches_the_tilted_reference(tmp_path):
-    source = SourceConfig("rollout", prompts=60, samples=16)
-    got = trained("grpo", source, tmp_path, 200, 0.05, beta=1.0, scale_rewards=False, unbiased_kl=True)
+    source = SourceConfig("rollout", prompts=30, samples=16)
+    got = trained("grpo", source, tmp_path, 120, 0.05, beta=1.0, scale_rewards=False, unbiased_kl=True)
     want = torch.tensor(bandit.optimal_policy(16 / 15), dtype=torch.float64)  # a reply is 1/16 of its own baseline
     assert (got - want).abs().sum(-1).max() / 2 < 0.05
     assert (got - grpo_optimum(1.0, 16)).abs().sum(-1).max() / 2 > 0.05

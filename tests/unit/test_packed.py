@@ -219,10 +219,10 @@ def test_layout_of_a_packed_row():
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize("takes", [packed.TAKES, packed.TAKES - {"enable_gqa"}], ids=["", "torch 2.11"])
+@pytest.mark.parametrize("takes", [packed.takes(), packed.takes() - {"enable_gqa"}], ids=["", "torch 2.11"])
 def test_the_sequences_of_the_kernel_are_the_mask_of_the_row(takes, window, monkeypatch):
     """Softmax over all that `allowed` lets through, in float64, with a head of keys for every two of queries."""
-    monkeypatch.setattr(packed, "TAKES", takes)
+    monkeypatch.setattr(packed, "takes", lambda: takes)
     micro = build([of([1, 2, 3, 4, 5], [6, 7, 8], [9], [1, 2, 3, 4]), of([], [2, 3], [4, 5]), of([1], [2])], [0, 1, 2], "groups", 0)
     trees = plant(micro, 0, packed=True)
     allowed, s = trees.allowed(window)[0], packed.sequences(trees)
