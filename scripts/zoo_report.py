@@ -76,6 +76,8 @@ def tables(result: dict[str, Any]) -> str:
     parts.append("In brackets 95 % intervals over seeds and prompts. * differs from DPO (paired by prompt, corrected for their number).")
     if any(e.get("first") for e in result["methods"]):
         parts[-1] += " † needs another run first (as many steps on the same rows), which is in none of the figures."
+    if failed := [e for e in result["methods"] if e.get("failed") and "lr" in e]:
+        parts.append("Failed: " + "; ".join(f"{e['method']}, {e['failed']} runs: {e['error'].rstrip('.')}" for e in failed) + ".")
     if result["left_out"]:
         reasons: dict[str, list[str]] = {}
         for slug, why in result["left_out"].items():
