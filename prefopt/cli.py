@@ -23,6 +23,7 @@ usage: prefopt <command> [overrides]
   compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
   store ls|verify|gc       log-probs kept on disk            prefopt store ls
   merge RUN... [options]   add up the weights of runs        prefopt merge runs/a runs/b weights=[0.5,0.5] output=runs/ab
+  export RUN [options]     LoRA for other programs           prefopt export runs/a style=comfyui output=a.safetensors
   list [group]             what there is                     prefopt list algo --view pairs
   show NAME                one algorithm, model or dataset   prefopt show dpo
   data check [overrides]   look at data as a model sees it   prefopt data check data=jsonl data.path=pairs.jsonl
@@ -34,7 +35,8 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "list", "show", "data", "doctor", "completion")
+COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "export", "list", "show", "data", "doctor",
+            "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,16 +75,18 @@ def dispatch(argv: list[str]) -> Any:
         from prefopt.evaluation.merge import main as merge
 
         merge(rest)
+    elif command == "export":
+        from prefopt.evaluation.export import main as export
+
+        export(rest)
     elif command == "list":
         from prefopt.config.listing import list_command
 
         print(list_command(rest))
     elif command == "show":
-        from prefopt.config.listing import show_text
+        from prefopt.config.listing import show_command
 
-        if len(rest) != 1:
-            raise UserError("prefopt show takes one name: prefopt show dpo")
-        print(show_text(rest[0]))
+        print(show_command(rest))
     elif command == "doctor":
         from prefopt.config.doctor import doctor_text
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from prefopt.config.schema import LoraConfig
+from prefopt.policies.denoisers import open_denoiser
+from prefopt.policies.encoders import open_encoders
 
 WORDS = "a red blue green circle square on the left right of two three small large Please generate only User Prompt :".split()
 VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
 FAMILIES = ("sd15", "sd21", "sdxl", "pixart", "pixart-alpha", "sd3", "sd3-no-t5", "flux", "sana")
 LATENT = 8  # places of a side
+PROMPT = "a red circle on the left"
+UNETS = ("sd15", "sd21", "sdxl")
+NETWORKS = [family for family in FAMILIES if family not in ("sd3-no-t5", "pixart-alpha")]
+ALL = LoraConfig(enabled=True, r=4, alpha=8, targets="attention")
+SAVED: dict[str, Path] = {}  # by family, those of this process
 
 
 def tokenizer(template: str, pad: str = "<pad>", most: int = 512) -> PreTrainedTokenizerFast:
@@ -135,3 +148,95 @@ def _make(family: str) -> Any:
 def save(family: str, folder: Path) -> Path:
     make(family).save_pretrained(folder)
     return folder
+
+
+# ---- what tests ask of them -----------------------------------------------------------------------------
+
+
+def folders(tmp_path_factory: Any) -> Callable[[str], Path]:
+    """family -> its folder, written once, whichever file of tests asks for it."""
+
+    def get(family: str) -> Path:
+        if family not in SAVED:
+            SAVED[family] = save(family, tmp_path_factory.mktemp("pipelines") / family)
+        return SAVED[family]
+
+    return get
+
+
+def pipeline(folder):
+    from diffusers import DiffusionPipeline
+
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]]
+    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, family, **more):
+    """Two steps of the pipeline, wider than high."""
+    side = 2 * LATENT * (2 if family == "sana" else 1)
+    settings = {"height": side, "width": 2 * side, "num_inference_steps": 2, "output_type": "latent",
+                "generator": torch.Generator().manual_seed(0)}
+    if family.startswith(("pixart", "sana")):
+        settings["use_resolution_binning"] = False
+    if family == "sdxl":
+        settings |= {"original_size": (1001, 1365), "crops_coords_top_left": (3, 5), "target_size": (1023, 771)}
+    return pipe(PROMPT, **(settings | more)).images
+
+
+def unpack(family, latents):
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._unpack_latents(latents, 2 * LATENT, 4 * LATENT, 2) if family == "flux" else latents
+
+
+def batch(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@functools.cache
+def encoders_of(folder):
+    return open_encoders(folder)
+
+
+def condition(folder, *texts):
+    return batch(encoders_of(folder).captions(list(texts)))
+
+
+@functools.cache
+def plain(folder):
+    """For tests that change nothing about it."""
+    return open_denoiser(folder)
+
+
+def noisy(denoiser, rows=2, seed=1):
+    side = LATENT * (2 if denoiser.family == "sana" else 1)
+    x = torch.randn(rows, denoiser.latent_channels, side, side, generator=torch.Generator().manual_seed(seed))
+    return x, torch.full((rows,), 0.5) if denoiser.process.kind == "flow" else torch.full((rows,), 501)
+
+
+def disturb(network):
+    """Second matrices of fresh adapters are zero; with others something is left to compare."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+def alike(images, others):
+    """But for the rounding of a level."""
+    assert len(images) == len(others) and images[0].size == others[0].size
+    for image, other in zip(images, others, strict=True):
+        assert (np.asarray(image).astype(int) - np.asarray(other)).__abs__().max() <= 1
+
+
+def asked(pipe, family):
+    """(inputs, output) of the network's last call in two steps of the pipeline."""
+    seen = []
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    handle = network.register_forward_hook(lambda module, args, kwargs, out: seen.append((args, kwargs, out[0])), with_kwargs=True)
+    run(pipe, family)
+    handle.remove()
+    return seen[-1]

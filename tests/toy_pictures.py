@@ -111,7 +111,7 @@ def rows_of(policy: DiffusionPolicy, objective: Objective, examples: list[Exampl
                         objective.mismatched, 0, extra=objective.extra).rows
 
 
-def picture_source(policy: DiffusionPolicy, objective: Objective, rows: list, budget: int = 10**6,
-                   batch: int | None = None) -> OfflineSource:
-    return OfflineSource(rows, objective.view, batch or len(rows), budget, 0, "label" in objective.columns, 0, layout="draws", share=False,
+def picture_source(policy: DiffusionPolicy, objective: Objective, rows: list, budget: int = 10**6, batch: int | None = None,
+                   rank: int = 0, world: int = 1) -> OfflineSource:
+    return OfflineSource(rows, objective.view, batch or len(rows), budget, 0, "label" in objective.columns, 0, rank, world, "draws", False,
                          draws=policy.draws)

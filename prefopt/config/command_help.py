@@ -65,7 +65,20 @@ The store is the folder $PREFOPT_STORE, by default ~/.cache/prefopt/store.""",
 
 example (COFS-DPO: one run for each domain, then both)
   prefopt merge runs/first runs/second weights=[0.5,0.5] output=runs/both""",
-    "show": "prefopt show NAME: all about an algorithm, model, dataset, ...\n\nexample\n  prefopt show dpo",
+    "export": """prefopt export RUN style=STYLE output=FILE.safetensors: the LoRA of a finished run on pictures, for other programs
+
+  style        diffusers, kohya (sd-scripts, Forge and others) or comfyui: how the weights are named; alpha is multiplied in
+  output       a new file
+
+example
+  prefopt export runs/mine style=comfyui output=ComfyUI/models/loras/mine.safetensors""",
+    "show": """prefopt show NAME [model=NAME] [model.resolution=N]: all about an algorithm, model, dataset, ...
+
+  model, model.resolution   of an algorithm for pictures: what its settings per latent dim, such as beta: 5000/D, are for that model
+
+examples
+  prefopt show dpo
+  prefopt show diffusion_dpo model=sdxl""",
     "doctor": "prefopt doctor: versions, devices, folders and keys of this machine; exit code 1 if something must be mended",
     "completion": 'prefopt completion bash|zsh|fish: a completion script\n\nexample\n  eval "$(prefopt completion bash)"',
 }

@@ -13,14 +13,14 @@ from prefopt.config import catalogue
 from prefopt.config.schema import CHOICES, COMMANDS, all_keys, config_of, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "list", "show", "data", "doctor", "completion",
+TOP = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "export", "list", "show", "data", "doctor", "completion",
        "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
 HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath")
 RUN_KEYS = ("run", "against", "reward.path", "model.start", "hydra.run.dir", "hydra.sweep.dir")
-PATH_KEYS = ("data.path", "model.path", "model.lora.adapter", "output")
+PATH_KEYS = ("data.path", "data.users", "model.path", "model.lora.adapter", "output")
 
 SCRIPTS = {
     "bash": r"""# prefopt completion for bash. For this shell:   eval "$(prefopt completion bash)"
@@ -83,13 +83,19 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
         return {"--view": catalogue.VIEWS, "--needs": [n for w in catalogue.NEEDS for n in (w, f"no-{w}")],
                 "--modality": catalogue.MODALITIES}.get(last, [*catalogue.GROUPS, *(f"--{o}" for o in catalogue.LIST_OPTIONS)])
     if command == "show":
-        return [name for names in catalogue.groups().values() for name in names] if len(before) == 1 else []
+        known = catalogue.groups()
+        return [n for names in known.values() for n in names] if len(before) == 1 else [f"model={name}" for name in known["model"]]
     if command == "completion":
         return SCRIPTS if len(before) == 1 else []
     if command == "compare":
         return [*_paths(current, folders=True), "--output", "--different-data"]
     if command == "merge":
         return [*_paths(current, folders=True), "weights=", "output="]
+    if command == "export":
+        key, equals, value = current.partition("=")
+        if key == "output" and equals:
+            return [f"output={path}" for path in _paths(value)]
+        return [*_paths(current, folders=True), *(f"style={style}" for style in ("diffusers", "kohya", "comfyui")), "output="]
     if command == "store":
         return ["ls", "verify", "gc"] if len(before) == 1 else ["--limit-gb", "--all"] if before[1:2] == ["gc"] else []
     if command == "data" and len(before) == 1:

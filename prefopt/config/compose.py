@@ -22,7 +22,8 @@ from prefopt.config.objective_source import ObjectiveInfo, read_objective
 from prefopt.config.rounds import check_refresh, check_rounds
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
-from prefopt.config.strength import for_model
+from prefopt.config.strength import for_model, with_number
+from prefopt.config.users import check_users
 from prefopt.errors import UserError, nearest
 
 
@@ -55,7 +56,10 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
         _check_data(out.data, command)
     if hasattr(out, "algo"):
         out.algo = for_model(out.algo, out.model)
-        info = check_algo(out.algo, out.trust.packages, algo_name)
+        checked = with_number(out.algo)
+        info = check_algo(checked, out.trust.packages, algo_name)
+        if checked is not out.algo:
+            _check_auto(out, info)
         out.algo = {"name": algo_name or info.name, **out.algo}
         check_together(out, info)
     return out
@@ -159,6 +163,7 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     if model.lora.adapter and not model.lora.enabled:
         raise UserError("model.lora.adapter is set but model.lora.enabled is false; set model.lora.enabled=true")
     check_quantize(model)
+    check_users(model, data)
     _check_pictures(cfg, info)
     if model.kind == "tabular" and model.lora.enabled:
         raise UserError("model=bandit is a table and takes no LoRA adapter; set model.lora.enabled=false")
@@ -170,7 +175,7 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     if not hasattr(cfg, "hardware"):
         return
     check_refresh(cfg)
-    if cfg.reference.policy == "base" and not model.lora.enabled:
+    if cfg.reference.policy == "base" and not model.frozen:
         raise UserError("reference.policy=base is the model without its adapter, and there is none; use reference.policy=initial, "
                         "or a LoRA model")
     if cfg.reference.store == "on" and (why := _no_store(cfg, info)):
@@ -217,9 +222,6 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
     if "diffusion" not in modalities(info):
         raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
-    if data.buckets and info.mismatched:
-        raise UserError(f"data.buckets={data.buckets} gives rows pictures of different shapes, and {info.name} scores prompts with another "
-                        "row's picture; set data.buckets=null")
     if cfg.source.kind != "offline":
         raise UserError(f"source={cfg.source.kind}: pictures cannot be learned from while they are drawn yet; use source=offline")
     if hasattr(cfg, "noise"):
@@ -238,6 +240,17 @@ def _check_inversion(noise: Any, info: ObjectiveInfo) -> None:
     if info.extra:
         raise UserError(f"noise.plan={noise.plan} inverts each picture under its caption, and {info.name} compares one picture under "
                         "several captions, which needs one noise for all; use noise=default")
+
+
+def _check_auto(cfg: Any, info: ObjectiveInfo) -> None:
+    """Whether a beta can be found from how far a step moves pairs: the loss must be a function of beta times that, and of nothing else."""
+    value = cfg.algo["beta"]
+    if len(info.formula) != 1 or "beta*h" not in next(iter(info.formula.values())).replace(" ", ""):
+        raise UserError(f"algo.beta={value} is for a loss of beta h alone, h the difference of a pair's two log-ratios, and {info.name} is "
+                        "none; give a number, or choose algo=dpo, algo=diffusion_dpo or one like them")
+    if cfg.source.kind != "offline":
+        raise UserError(f"algo.beta={value} is found on the first rows of the data, and source={cfg.source.kind} has none before it "
+                        "trains; give a number")
 
 
 def _check_no_reference(reference: Any, info: ObjectiveInfo) -> None:

@@ -29,7 +29,8 @@ from prefopt.config.catalogue import (
     summary,
 )
 from prefopt.config.docstring import doc_parts
-from prefopt.config.schema import REQUIRED
+from prefopt.config.schema import REQUIRED, ModelConfig
+from prefopt.config.strength import latent_dims, per_mean
 from prefopt.errors import UserError, nearest
 
 WIDTH = 100
@@ -171,10 +172,45 @@ def _wrap(text: str, first: str, rest: str | None = None) -> list[str]:
     return textwrap.wrap(text, WIDTH, **options) or [first.rstrip()]
 
 
-def show_text(name: str) -> str:
-    """All about a config: what it is, its keys with their comments, and the command that uses it."""
+def show_command(argv: Sequence[str]) -> str:
+    """`prefopt show NAME [model=NAME] [model.resolution=N]`."""
+    names = [word for word in argv if not word.startswith(("model=", "model."))] or [w for w in argv if w.startswith("model=")][:1]
+    if len(names) != 1:
+        raise UserError("prefopt show takes one name: prefopt show dpo")
+    given = dict(word.split("=", 1) if "=" in word else (word, "") for word in argv if word != names[0])
+    if other := [key for key in given if key not in ("model", "model.resolution")]:
+        raise UserError(f"prefopt show takes model=NAME and model.resolution=N beside a name, not {other[0]}")
+    return show_text(names[0], given.get("model"), given.get("model.resolution"))
+
+
+def show_text(name: str, model: str | None = None, resolution: str | None = None) -> str:
+    """All about a config: what it is, its keys with their comments, and the command that uses it. Of an algorithm also what a setting such
+    as 5000/D is for a diffusion model (SD1.5, if none is named) at its own resolution, or another one."""
     rule = "\n\n" + "-" * 60 + "\n\n"
-    return rule.join("\n".join(_show_algo(n) if g == "algo" else _show_config(g, n)) for g, n in find(name))
+    found = find(name)
+    if model is not None or resolution is not None:
+        found = [item for item in found if item[0] == "algo"]
+        if not found:
+            raise UserError(f"{name} is no algorithm; a model is named beside one, to see its settings for that model")
+    return rule.join("\n".join(_show_algo(n, model, resolution) if g == "algo" else _show_config(g, n)) for g, n in found)
+
+
+def _per_mean_lines(slug: str, model: str | None, resolution: str | None) -> list[str]:
+    """The numbers of settings such as 5000/D for a model; nothing where there are none and no model is named."""
+    settings = {key: value for key, value in algo_settings(slug).items() if per_mean(value) is not None}
+    if not settings and model is None and resolution is None:
+        return []
+    (_, name), *_ = find(f"model={model or 'sd15'}")
+    keys = resolved_keys("model", name)
+    if keys["kind"].value != "diffusion":
+        raise UserError(f"model={name} makes no pictures, so it has no latent dims D; name a diffusion model, such as model=sdxl")
+    side = resolution or keys["resolution"].value
+    channels, factor = (int(part) for part in keys["latent"].value.strip("[]").split(","))
+    if not side.isdigit() or int(side) < factor:
+        raise UserError(f"model.resolution={side}: it must be a whole number of pixels, such as {keys['resolution'].value}")
+    dims = latent_dims(ModelConfig(name=name, resolution=int(side), latent=[channels, factor]))
+    lines = [f"  for model={name} at {side} pixels D is {dims:,}"]
+    return lines + [f"    algo.{key}: {value} is {per_mean(value) / dims:.4g}" for key, value in settings.items()]
 
 
 def needs_lines(info: ObjectiveInfo) -> list[str]:
@@ -223,7 +259,7 @@ def symbols_text(info: ObjectiveInfo) -> str:
     return "; ".join(text for symbol, text in SYMBOLS.items() if symbol in used)
 
 
-def _show_algo(slug: str) -> list[str]:
+def _show_algo(slug: str, model: str | None = None, resolution: str | None = None) -> list[str]:
     info = algo_info(slug)
     equations, prose, said = doc_parts(info.doc)
     own, of_class = summary(slug), info.doc.partition("\n")[0]
@@ -241,6 +277,7 @@ def _show_algo(slug: str) -> list[str]:
     lines += [part for line in header("algo", slug) for part in _wrap(line, "  # ", "  # ")]
     settings = {key: line for key, line in resolved_keys("algo", slug).items() if key != "_target_"}
     lines += keys_text(settings, "  algo.") or ["  no hyper-parameters"]
+    lines += _per_mean_lines(slug, model, resolution)
     lines += [f"  must hold: {rule}" for rule in info.require]
     lines += ["", "Needs", *(part for line in needs_lines(info) for part in _wrap(line, "  ", "    "))]
     if info.limits:

@@ -46,7 +46,18 @@ class ModelConfig:
     latent: Optional[list[int]] = None  # channels, pixels per latent
     guidance: float = 1.0
     channels_last: bool = False
+    user_width: Optional[int] = None
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether an adapter is trained (LoRA, or the attention to users) and all other weights stay as they are."""
+        return self.lora.enabled or self.user_width is not None
+
+    @property
+    def adapter(self) -> Optional[str]:
+        """The folder or file that the adapter comes from; None: it is a fresh one, which changes nothing yet."""
+        return self.lora.adapter if self.user_width is None else self.start
 
 
 @dataclass
@@ -63,6 +74,7 @@ class ColumnsConfig:
     weight: Optional[str] = "weight"
     margin: Optional[str] = "margin"
     rationale: Optional[str] = "rationale"
+    user: Optional[str] = "user"
     chosen_score: Optional[str] = "chosen_score"
     rejected_score: Optional[str] = "rejected_score"
     chosen_logp: Optional[str] = None
@@ -97,6 +109,7 @@ class DataConfig:
     flip: bool = False
     min_size: Optional[int] = None
     latents: str = "fp32"  # fp32 | fp16
+    users: Optional[str] = None
     transforms: dict[str, Any] = field(default_factory=dict)  # name -> settings; see prefopt.data.transforms
 
 
@@ -141,6 +154,7 @@ class NoiseConfig:
     weighting: str = "constant"  # constant | snr | min_snr | dsm
     gamma: float = 5.0
     dropout: float = 0.0
+    user_dropout: float = 0.0
     inverter: str = "policy"  # policy | reference
     inversion_steps: int = 10
     inversion_guidance: float = 1.0
@@ -296,6 +310,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("model.micro_batch_tokens", "x >= 1", "at least 1"),
     ("model.guidance", "x >= 0", "0 or more"),
     ("model.resolution", "x is None or x >= 8", "at least 8 pixels, or null"),
+    ("model.user_width", "x is None or x >= 0", "at least 1, or null"),
     ("model.latent", "x is None or (len(x) == 2 and all(n >= 1 for n in x))", "[channels, pixels per latent], or null"),
     ("data.limit", "x is None or x >= 1", "at least 1, or null"),
     ("data.eval_limit", "x is None or x >= 1", "at least 1, or null"),
@@ -332,6 +347,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("noise.logit_std", "x > 0", "above 0"),
     ("noise.gamma", "x > 0", "above 0"),
     ("noise.dropout", "0 <= x < 1", "in [0, 1)"),
+    ("noise.user_dropout", "0 <= x < 1", "in [0, 1)"),
     ("noise.inversion_steps", "x >= 1", "at least 1"),
     ("noise.inversion_guidance", "x >= 0", "0 or more"),
     ("noise.renoise", "x >= 0", "0 or more"),
@@ -376,6 +392,7 @@ class EvalConfig:
 class SampleConfig:
     run: str = REQUIRED
     prompt: Optional[str] = None
+    user: Any = None  # a name or a list of numbers
     count: int = 4
     revise: int = 0
     seed: int = 0

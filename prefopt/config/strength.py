@@ -3,6 +3,8 @@
 A picture's log-prob is a sum over its D latent dims, in nats. Papers and their code take the *mean* over latent dims and write beta 5000
 for it: the same objective has beta 5000/D here, which is what a setting may say: `beta: 5000/D`. At SD1.5's 512 pixels D is 4 x 64 x 64 =
 16,384, so that is 0.305; at SDXL's 1,024 pixels it is 0.076. The one half of Diffusion-DPO (arXiv 2311.12908) is part of the log-prob.
+
+`beta: auto` leaves the number to the run, which finds it before its first step (`training/auto_beta.py`).
 """
 
 from __future__ import annotations
@@ -43,3 +45,29 @@ def for_model(settings: dict[str, Any], model: Any) -> dict[str, Any]:
                             "pictures; choose model=tiny-diffusion or another diffusion model, or an algorithm for texts "
                             "(prefopt list algo --modality llm)")
     return settings
+
+
+# ---- beta: auto ----------------------------------------------------------------------------------
+
+AUTO = re.compile(r"auto(?::([0-9.eE+-]+))?")
+FACTOR = 0.45  # of plain `auto`
+
+
+def factor(settings: dict[str, Any]) -> float | None:
+    """The gradient factor that `beta: auto` or `beta: auto:FACTOR` asks for; None where beta is a number. Raises `UserError`."""
+    value = settings.get("beta")
+    if not isinstance(value, str) or not (match := AUTO.fullmatch(value.strip())):
+        return None
+    try:
+        wanted = float(match[1] or FACTOR)
+    except ValueError:
+        wanted = 0.0
+    if not 0 < wanted < 0.5:
+        raise UserError(f"algo.beta={value}: the gradient factor after a step must lie between 0 and 0.5, where it starts; "
+                        f"auto alone is auto:{FACTOR}")
+    return wanted
+
+
+def with_number(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings where beta is a number; with 1 in place of an `auto` that has not been found yet."""
+    return settings if factor(settings) is None else {**settings, "beta": 1.0}

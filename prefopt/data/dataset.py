@@ -55,16 +55,14 @@ def make_dataset(
         cut_tokens += tokens.cut_prompt + sum(tokens.cut_completions)
         out.examples.append(example)
         out.rows.append(row)
-    prompts = [repr([m.plain() for m in e.prompt]) for e in out.examples] if mismatched else []
-    if len(set(prompts)) > 1 or (len(prompts) > 1 and split.name == "train"):  # held-out rows of one prompt are judged without
-        _add_mismatched(out, derangement(prompts, seed), tokenise)
+    alone = _add_mismatched(out, split.name, seed, tokenise) if mismatched else 0
     if any(c.logp is not None for e in out.examples for c in e.completions):
         _add_writer(out)
     replies = sum(len(r.tokens.branches) for r in out.rows)
     out.stats = {
         "rows": len(out.rows), "rejected": len(split.rejected), "no_preference": split.no_preference.total(), "completions": replies,
         "truncated_prompts": truncated_prompts, "truncated_completions": truncated_completions, "cut_tokens": cut_tokens,
-        "undesirable_left_out": undesirable,
+        "undesirable_left_out": undesirable, **({"rows_without_mismatched_reply": alone} if alone else {}),
         "longest": max((tokens.longest for r in out.rows for tokens in (r.tokens, *r.extra)), default=0),
         "trained_tokens": sum(b.trained for r in out.rows for b in r.branches(view)),
     }
@@ -125,10 +123,23 @@ def reduce_ranking(example: Example, pairs: str) -> Example:
     return replace(example, completions=[example.completions[0], example.completions[-1]])
 
 
-def _add_mismatched(data: Dataset, other: Sequence[int], tokenise: Callable[[Example], Tokens]) -> None:
-    """Gives every row i the replies of row other[i], which has another prompt, rendered under its own."""
-    for i, example in enumerate(data.examples):
-        foreign = data.examples[other[i]]
+def _add_mismatched(data: Dataset, split: str, seed: int, tokenise: Callable[[Example], Tokens]) -> int:
+    """Gives every row the replies of another one, which has another prompt, rendered under its own. Of pictures the other row's have the
+    same shape, as all that is scored of a row has. Returns how many rows have no such other row, and are used without."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(data.rows):
+        shapes.setdefault(row.tokens.frame, []).append(i)
+    other: dict[int, int] = {}
+    for own in shapes.values():
+        prompts = [repr([m.plain() for m in data.examples[i].prompt]) for i in own]
+        # Held-out rows of one prompt are judged without, and pictures of a rare shape learned from without.
+        if len(set(prompts)) > 1 or (len(prompts) > 1 and split == "train" and len(shapes) == 1):
+            other |= {i: own[j] for i, j in zip(own, derangement(prompts, seed), strict=True)}
+    if len(shapes) > 1 and not other and split == "train":
+        raise UserError("this algorithm estimates a KL divergence from each prompt with the picture of another one, and no two rows of "
+                        "different prompts have pictures of one shape; set data.buckets=null")
+    for i in sorted(other):
+        example, foreign = data.examples[i], data.examples[other[i]]
         swapped = Example(example.prompt, foreign.completions, "unary", chat=example.chat, origin=example.origin)
         try:
             tokens = tokenise(swapped)
@@ -148,3 +159,4 @@ def _add_mismatched(data: Dataset, other: Sequence[int], tokenise: Callable[[Exa
             for branch in data.rows[i].tokens.branches:
                 branch.ids, branch.mask = own[shared:] + branch.ids, [False] * (len(own) - shared) + branch.mask
             data.rows[i].tokens.prompt = new
+    return len(data.rows) - len(other)

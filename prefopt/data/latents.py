@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -263,6 +265,15 @@ def encode(examples: Sequence[Example], cfg: DataConfig, resolution: int, open_e
     if rank == 0:
         _tell(out, len(images), len(captions), there)
     return out
+
+
+def patient(world: int) -> Callable[[], None]:
+    """Waits until all of `world` processes have come, however long that takes: a GPU's collectives give up after ten minutes, and one
+    process may have more to encode than that. If one dies, its launcher ends the others."""
+    if world == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return lambda: dist.barrier(group)
 
 
 def _share(items: list[Any], rank: int, world: int) -> list[Any]:

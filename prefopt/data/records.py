@@ -12,7 +12,8 @@ rejected_logp, the log-probs (nats, token sums) of a pair's replies under the po
 text that says why the best completion is better.
 A completion may be a list of texts: the steps of its reasoning, each of which begins a line.
 A completion may be an image: {"image": PATH}, where PATH is a file, or {"path": ..., "row": ..., "column": ...} in a parquet file. It may
-have "ops", operations on its pixels (`prefopt.data.pictures`), and a "caption" of its own; otherwise the prompt is its caption.
+have "ops", operations on its pixels (`prefopt.data.pictures`), and a "caption" of its own; otherwise the prompt is its caption. The column
+user says whose preference it is, of images: a name, or the numbers of an embedding (`prefopt.data.users`). It becomes a part of the prompt.
 A row that fits none raises `BadRow` with the reason.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class Message:
     def picture(self) -> dict[str, Any] | None:
         """The image part, if there is one."""
         return next((part for part in self.content if part["type"] == "image"), None)
+
+    @property
+    def user(self) -> Any:
+        """Whose preference this is the prompt of: a name, or numbers; None where the data does not say."""
+        return next((part["user"] for part in self.content if part["type"] == "user"), None)
 
     def plain(self) -> dict[str, str]:
         """The form chat templates take."""
@@ -99,6 +105,12 @@ class Example:
         """The prompt as rewards, judges and comparisons know it."""
         return "\n".join(m.text for m in (self.bare or self.prompt))
 
+    def told(self, user: Any) -> Example:
+        """The example as the preference of this user (a name, or numbers)."""
+        *earlier, last = self.prompt
+        content = [part for part in last.content if part["type"] != "user"]
+        return replace(self, prompt=[*earlier, replace(last, content=[*content, {"type": "user", "user": user}])])
+
 
 def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str = "") -> Example:
     """The example in a row. Raises `BadRow`. Columns that no shape uses are kept in `meta`."""
@@ -128,6 +140,10 @@ def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str =
     example.margin = _number(value.get("margin", 0.0), "margin")
     if len(example.completions) > 1:
         example.rationale = _rationale(value.get("rationale", ""))
+    if has("user") and (example.kind == "prompt" or example.completions[0].picture):
+        example = example.told(value["user"])
+    elif has("user"):
+        meta[named["user"]] = value["user"]
     example.origin, example.meta = origin, meta
     for completion in example.completions:
         for message in completion.messages:

@@ -45,12 +45,14 @@ class Split:
         h = hashlib.sha256()
         for e in self.examples:
             judged = [(None if e.kind == "pair" else c.score, c.desirable) for c in e.completions]
-            h.update(repr(([m.plain() for m in e.prompt], [[_told(m) for m in c.messages] for c in e.completions],
+            h.update(repr(([_told(m) for m in e.prompt], [[_told(m) for m in c.messages] for c in e.completions],
                            judged, e.label, e.weight, e.margin)).encode())
         return h.hexdigest()
 
 
 def _told(message: Message) -> Any:
+    if message.user is not None:
+        return message.plain(), message.user
     if message.picture is None:
         return message.plain()
     try:

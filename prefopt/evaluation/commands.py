@@ -137,6 +137,8 @@ def sample(cfg: SampleConfig) -> list[str]:
     drawn = policy.layout == "draws"
     if not drawn:
         _load(run)
+    if cfg.user is not None and getattr(policy, "users", None) is None:
+        raise UserError(f"user={cfg.user}: the model of {cfg.run} is told no users (adapter=user); leave it out")
     if cfg.prompt is not None:
         asked = Split("eval", [parse_row({"prompt": cfg.prompt}, {"prompt": "prompt"})] * cfg.count)
         apply_transforms([asked], run.cfg.data, run.cfg.seed)
@@ -145,6 +147,8 @@ def sample(cfg: SampleConfig) -> list[str]:
         examples = run.held_out.examples[: cfg.count]
         if not examples:
             raise UserError(f"{cfg.run} has no held-out prompts; ask something with prompt=...")
+    if cfg.user is not None:
+        examples = [example.told(cfg.user) for example in examples]
     if cfg.revise and run.cfg.model.kind == "tabular":
         raise UserError(f"revise={cfg.revise}: the replies of model={run.cfg.model.name} are no texts to revise; set revise=0")
     if drawn:

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.config.listing import table
 from prefopt.config.mixtures import described
-from prefopt.config.schema import DataCheckConfig
+from prefopt.config.schema import DataCheckConfig, ModelConfig
 from prefopt.data.dataset import Dataset, make_dataset
 from prefopt.data.pictures import Framing
 from prefopt.data.records import Example
@@ -86,7 +86,7 @@ def check_text(cfg: DataCheckConfig) -> str:
 
 
 def _picture_text(cfg: DataCheckConfig, data: Any, info: Any) -> str:
-    """The report on rows with images. No model is loaded."""
+    """The report on rows with images. Of the model the tokenizer is loaded, to see which captions are too long for it."""
     splits = load_data(data, cfg.trust)
     apply_transforms(splits, data, seed=0)
     lines = [f"data={data.name} as algo={cfg.algo.get('name', info.name)} (view: {info.view}) and model={cfg.model.name} would see it"]
@@ -95,10 +95,32 @@ def _picture_text(cfg: DataCheckConfig, data: Any, info: Any) -> str:
     seen = {e.prompt_text for e in splits[0].examples}
     both = sum(e.prompt_text in seen for e in splits[1].examples)
     lines += ["", f"{both} of {len(splits[1].examples)} eval rows have a caption that is in train as well"]
+    lines.append(_long_captions(cfg.model, [example for split in splits for example in split.examples]))
     lines += _broken([(split,) for split in splits], cfg.data.on_bad_row == "stop")
     if cfg.sheet and splits[0].examples:
         lines += ["", write_sheet(cfg.sheet, splits[0].examples, Framing.of(data, cfg.model.resolution), names)]
     return "\n".join(lines)
+
+
+def _long_captions(model: ModelConfig, examples: Sequence[Example]) -> str:
+    """How many distinct captions have an end that no text encoder reads."""
+    import torch
+
+    from prefopt.policies.encoders import Encoders
+    from prefopt.policies.pipeline import TINY
+    from prefopt.policies.tiny_diffusion import tiny_diffusion_path
+    from prefopt.training.plan_pictures import folder_of
+
+    captions = list(dict.fromkeys(text for e in examples for text in (e.prompt_text, *(c.text for c in e.completions)) if text.strip()))
+    try:
+        if model.path is None and model.name in TINY and not tiny_diffusion_path(TINY[model.name]).is_dir():
+            raise UserError("it is made by the first run that needs it")
+        encoders = Encoders(folder_of(model), torch.float32, torch.device("cpu"))
+        long = encoders.too_long(captions)
+    except UserError as error:
+        return f"captions too long for the text encoders of model={model.name} are not counted: {error}"
+    told = f", such as {captions[long[0]][:60]!r}; what stands after is not read" if long else ""
+    return f"{len(long)} of {len(captions)} captions are longer than the {encoders.limit} tokens that model={model.name} reads{told}"
 
 
 def _tokeniser(cfg: DataCheckConfig, data: Any) -> tuple[Callable[[Example], Tokens], Callable[[list[int]], str]]:

@@ -78,7 +78,7 @@ def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts,
     """
     if bad := next((r for r in rewards if not math.isfinite(r)), None):
         raise UserError(f"{example.origin}: the reward of a completion is {bad}; a reward must be a finite number")
-    taken = {*asdict(ColumnsConfig()).values(), *OURS}
+    taken = {*asdict(ColumnsConfig()).values(), *OURS} - {"user"}  # which says nothing of texts, and stays
     row: dict[str, Any] = {"prompt": example.prompt_text if not example.chat else [m.plain() for m in example.prompt]}
     order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
     replies = [content(example.completions[i], example.chat, folder) for i in order]
@@ -103,6 +103,8 @@ def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts,
             row["label"] = bool(example.completions[0].desirable)
     if example.weight != 1:
         row["weight"] = example.weight
+    if (user := next((m.user for m in example.prompt if m.user is not None), None)) is not None:
+        row["user"] = user
     counts.rows += 1
     return row | {key: value for key, value in example.meta.items() if key not in taken}
 

@@ -59,7 +59,7 @@ def merge(runs: Sequence[str], coefficients: Sequence[float], output: Path) -> N
     side, so that the change that they make to their common base model is the sum of their changes; the rank is the sum of their ranks.
     One run with the coefficient 1 beside others with 0 is copied as it is.
     """
-    models = [_model(run) for run in runs]
+    models = [model_folder(run) for run in runs]
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"output={output} exists already; choose a folder that does not")
     used = [k for k, c in enumerate(coefficients) if c != 0]
@@ -89,7 +89,7 @@ def merge(runs: Sequence[str], coefficients: Sequence[float], output: Path) -> N
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _model(run: str) -> Path:
+def model_folder(run: str) -> Path:
     """The model folder of a finished run, or the folder itself if it is one."""
     folder = Path(run).expanduser()
     for candidate in (folder / "model", folder):

@@ -98,19 +98,20 @@ class DiffusionKTO(Objective):
 class SFT(Objective):
     """Supervised fine-tuning on demonstrations, or on the chosen side of pairs.
 
-    L = -log pi(y_t | x, y_<t), mean over all trained tokens of the global batch, nats per token
-    Rewards: log pi(y), never positive. Ranges: loss lies between 0 and about the logarithm of the size of the vocabulary.
-    When: before a preference method, on replies that deserve to be imitated. Limits: no reply is ever pushed down.
+    L = -sum_y log pi(y) / sum_y |y| over all replies y of the global batch: the mean over all their trained tokens, nats per token
+    A picture counts as one token, whatever its number of draws: the plain denoising loss (or flow matching), D/2 times the mean squared
+    error of D latent dims. Rewards: log pi(y), never positive. Ranges: of texts between 0 and about the logarithm of the size of the
+    vocabulary. When: before a preference method, on replies that deserve to be imitated. Limits: no reply is ever pushed down.
     """
 
     view: ClassVar = "demonstrations"
-    quantities: ClassVar = {"policy": ("logp", "token_logp")}
-    formula: ClassVar = {"nll": "-t"}
-    golden: ClassVar = (({"t": -1.25}, 1.25),)
+    quantities: ClassVar = {"policy": ("logp",)}
+    formula: ClassVar = {"nll": "-y/n"}
+    golden: ClassVar = (({"y": -5, "n": 4}, 1.25),)
 
     def __call__(self, batch: Batch) -> Terms:
-        trained = batch.tokens_of(batch.demonstrations.edge)
-        return Terms([Term("nll", -batch.scores["policy"]["token_logp"][trained], "token")])
+        trained = batch.tokens_of(batch.demonstrations.edge)  # each stands for the mean of its reply's: the sum over them is the same
+        return Terms([Term("nll", -batch.avg_logp()[batch.token_edge[trained]], "token")])
 
     def rewards(self, batch: Batch) -> Tensor:
         return batch.logp().detach()

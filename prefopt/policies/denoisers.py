@@ -73,10 +73,12 @@ def _shift(config: Any, tokens: int) -> float:
 
 class Denoiser:
     """A network and what it takes to ask it. `latent_channels`, `factor` (pixels for each place of a latent), `resolution` (native, in
-    pixels), `process` and `family` describe it; `lora` is the config of its adapter, if it has one."""
+    pixels), `process` and `family` describe it; `lora` is the config of its adapter, if it has one, and `user_width` that of the users that
+    it is told."""
 
     attention: ClassVar[str] = "to_q,to_k,to_v,to_out.0"  # the projections that LoRA is put on by diffusers' training scripts
     default_size: ClassVar[int] = 128  # of the native latent, where the network's config does not say
+    takes_users: ClassVar[bool] = False  # whether `call` tells the network `_users`
     packs: int = 1  # places of the latent, along a side, that are one token: a latent has a multiple of them
 
     def __init__(self, folder: PipelineFolder, network: nn.Module, resolution: int | None = None):
@@ -91,6 +93,8 @@ class Denoiser:
         side = (resolution or self.resolution) // self.factor // self.packs
         self.process = process_of(folder.config("scheduler"), side * side)
         self.lora: LoraConfig | None = None
+        self.user_width: int | None = None
+        self.tells_users = True
         if self.channels_in() != self.latent_channels:
             raise UserError(f"the {folder.network} of {folder.path} takes {self.channels_in()} channels, and latents have "
                             f"{self.latent_channels}: it is made for inpainting or editing, not for text-to-image")
@@ -108,9 +112,9 @@ class Denoiser:
     def predict(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], sizes: Tensor | None = None) -> Tensor:
         """The network's output for noisy latents [B, C, h, w] at times [B] (whole numbers; of a flow in (0, 1)), in their shape.
 
-        `cond` are the batched tensors of `Encoders.captions`. `sizes` [B, 6] in pixels: original height and width, top and left of the
-        crop, height and width of the crop; without them the picture counts as never cropped. Under autocast latents stay in fp32,
-        otherwise they are given in the network's type; times and sizes are not rounded to it.
+        `cond` are the batched tensors of `Encoders.captions`, and of `Users.batch` where the network is told users. `sizes` [B, 6] in
+        pixels: original height and width, top and left of the crop, height and width of the crop; without them the picture counts as never
+        cropped. Under autocast latents stay in fp32, otherwise they are given in the network's type; times and sizes are not rounded to it.
         """
         if x_t.dim() != 4:
             raise ValueError(f"{self.family} denoises pictures [B, C, h, w], not {tuple(x_t.shape)}")
@@ -118,6 +122,8 @@ class Denoiser:
         if sizes is None:
             whole = [x_t.shape[2] * self.factor, x_t.shape[3] * self.factor]
             sizes = torch.tensor([[*whole, 0, 0, *whole]], device=x_t.device).expand(len(x_t), 6)
+        if not self.tells_users:
+            cond = {name: value for name, value in cond.items() if not name.startswith("user")}
         cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
         out = self.call(x_t.to(dtype), t, cond, sizes.float())
         # Half of what some networks return is a variance, which is not trained.
@@ -129,23 +135,35 @@ class Denoiser:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
-        before = [m.disable_adapters for m in layers]
+        before, told = [m.disable_adapters for m in layers], self.tells_users
         try:
+            self.tells_users = False  # without a user it is the base
             for layer in layers:
                 layer._disable_adapters = True  # enable_adapters() would also switch gradients off, in the middle of a step
             yield
         finally:
+            self.tells_users = told
             for layer, was in zip(layers, before, strict=True):
                 layer._disable_adapters = was
 
+    def _users(self, cond: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """What the network's cross-attentions are given beside the caption (`policies/user_branch.py`)."""
+        return {"ip_hidden_states": cond["user"], "ip_adapter_masks": cond.get("user_mask")} if "user" in cond else None
+
     def save(self, folder: str | Path, complete: bool = False) -> None:
-        """Into `folder`: LoRA weights as `pipe.load_lora_weights(folder)` reads them, or the network in a folder of its own (unet/,
-        transformer/); with `complete` and without LoRA all other parts of the pipeline as well, linked where the disk allows it."""
+        """Into `folder`: LoRA weights as `pipe.load_lora_weights(folder)` reads them, or the attention to users, or the network in a folder
+        of its own (unet/, transformer/); with `complete` and without an adapter all other parts of the pipeline as well, linked where the
+        disk allows it."""
         folder = Path(folder)
         if self.lora is not None:
             from prefopt.policies.lora_export import save_lora
 
             save_lora(self, folder)
+            return
+        if self.user_width is not None:
+            from prefopt.policies.user_branch import save_user_branch
+
+            save_user_branch(self, folder)
             return
         self.network.save_pretrained(folder / self.folder.network)
         if complete:
@@ -161,6 +179,11 @@ class Denoiser:
             from prefopt.policies.lora_export import restore_lora
 
             restore_lora(self, folder)
+            return
+        if self.user_width is not None:
+            from prefopt.policies.user_branch import restore_user_branch
+
+            restore_user_branch(self, folder)
             return
         from safetensors.torch import load_file
 
@@ -187,36 +210,40 @@ def _link(file: Path, target: Path) -> None:
 class StableDiffusion(Denoiser):
     """SD 1.x and 2.x: a UNet that reads one CLIP text encoder."""
 
+    takes_users = True
+
     @property
     def family(self) -> str:
         return "sd21" if self.network.config.cross_attention_dim == 1024 else "sd15"
 
     def call(self, x, t, cond, sizes):
-        return self.network(x, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
+        return self.network(x, t, encoder_hidden_states=cond["prompt_embeds"], cross_attention_kwargs=self._users(cond),
+                            return_dict=False)[0]
 
 
 class StableDiffusionXL(Denoiser):
     """SDXL: a UNet that is also told a pooled caption and the sizes of the picture. These stay in fp32 up to their sinusoids: bf16 would
     make 1001 pixels 1000."""
 
-    family = "sdxl"
+    family, takes_users = "sdxl", True
 
     def call(self, x, t, cond, sizes):
         added = {"text_embeds": cond["pooled"], "time_ids": sizes}
-        return self.network(x, t, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        return self.network(x, t, encoder_hidden_states=cond["prompt_embeds"], added_cond_kwargs=added,
+                            cross_attention_kwargs=self._users(cond), return_dict=False)[0]
 
 
 class PixArt(Denoiser):
     """PixArt-alpha and -Sigma: a DiT that predicts noise and its variance. The 1024-pixel alpha is also told the size of the picture."""
 
-    family = "pixart"
+    family, takes_users = "pixart", True
 
     def call(self, x, t, cond, sizes):
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
             added = {"resolution": sizes[:, 4:6], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:6]}
         return self.network(x, encoder_hidden_states=cond["prompt_embeds"], encoder_attention_mask=cond["mask"], timestep=t,
-                            added_cond_kwargs=added, return_dict=False)[0]
+                            added_cond_kwargs=added, cross_attention_kwargs=self._users(cond), return_dict=False)[0]
 
 
 class StableDiffusion3(Denoiser):
@@ -232,7 +259,7 @@ class StableDiffusion3(Denoiser):
 
 class Flux(Denoiser):
     """FLUX.1: an MMDiT over packed latents, four places a token. FLUX.1-dev is told a guidance scale, `guidance`, in training and sampling
-    alike: the pipeline's default unless it is set."""
+    alike: the pipeline's default unless it is set. Its own code rounds times to 8 bits under bf16, in training and sampling alike."""
 
     family, packs = "flux", 2
     attention = StableDiffusion3.attention
@@ -284,10 +311,12 @@ FAMILIES: dict[str, type[Denoiser]] = {
 
 def open_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                   lora: LoraConfig | None = None, seed: int = 0, gradient_checkpointing: bool = False, channels_last: bool = False,
-                  compile: bool = False, resolution: int | None = None) -> Denoiser:
+                  compile: bool = False, resolution: int | None = None, dropout: float = 0.0, user_width: int | None = None) -> Denoiser:
     """The network of a pipeline folder, in training mode, and nothing else of it. With `lora` (enabled) the weights are frozen in `dtype`,
-    and an adapter in fp32 is put on them: that of `lora.adapter`, or a fresh one, drawn from `seed`, with which nothing changes yet.
+    and an adapter in fp32 is put on them: that of `lora.adapter`, or a fresh one, drawn from `seed`, with which nothing changes yet. So
+    they are with a `user_width`, and the adapter is an attention to users.
     `resolution` (pixels of a side) is that of the training, on which a dynamic shift depends; the native one by default.
+    `dropout` takes the place of what the network was published with: a reference has none, and would differ from an equal policy.
 
     UserError for a folder of an unknown pipeline, a missing part, pickled weights, an adapter of another architecture.
     """
@@ -295,12 +324,19 @@ def open_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32, device
     network = found.load(found.network, dtype)
     denoiser = FAMILIES[found.pipeline](found, network, resolution)
     network.to(device, **({"memory_format": torch.channels_last} if channels_last else {}))
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if lora is not None and lora.enabled:
         from prefopt.policies.lora_export import add_lora
 
         add_lora(denoiser, lora, seed)
+    elif user_width is not None:
+        from prefopt.policies.user_branch import add_user_branch
+
+        add_user_branch(denoiser, user_width, seed)
     if compile:
         compile_blocks(network, torch.device(device))
     network.train()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, SamplerConfig
 from prefopt.data.batch import MicroBatch
-from prefopt.data.latents import Encodings, encode
+from prefopt.data.latents import Encodings, encode, patient
 from prefopt.data.records import BadRow, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import RunFailed
@@ -30,6 +30,7 @@ from prefopt.policies.denoisers import Denoiser
 from prefopt.policies.encoders import Encoders
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals
+from prefopt.policies.user_branch import Users
 
 BY_A_MODEL = ("inverted", "path")  # plans of noise that a model makes
 
@@ -88,6 +89,7 @@ class DiffusionPolicy(nn.Module):
         self.encodings: Encodings | None = None
         self.encoders = encoders  # opened when something has to be encoded or decoded
         self.draws = Draws(noise, seed)
+        self.users = Users(cfg.user_width) if cfg.user_width else None
         self.train()
 
     @property
@@ -102,7 +104,7 @@ class DiffusionPolicy(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What the scores of a draw depend on beside weights and encoded pictures, for the reference store."""
-        noise = {k: v for k, v in asdict(self.draws.cfg).items() if k != "draws"}
+        noise = {k: v for k, v in asdict(self.draws.cfg).items() if k not in ("draws", "user_dropout")}
         config = {k: v for k, v in dict(self.network.config).items() if not k.startswith("_")}
         return {"process": f"{self.process.kind} shift {self.process.shift:g}", "noise": noise,
                 "architecture": json.dumps(config, sort_keys=True, default=str),
@@ -112,15 +114,19 @@ class DiffusionPolicy(nn.Module):
 
     def encode(self, examples: Sequence[Example], data: DataConfig, accelerator: Any) -> None:
         """Makes the pictures and captions of `examples` known, from the store or by VAE and text encoders. Raises `UserError`."""
+        if self.users is not None:
+            self.users.read(data.users)
         side = self.cfg.resolution // self.denoiser.factor
         self.encodings = encode(
             examples, data, self.cfg.resolution, self.encoders, shape=(self.denoiser.latent_channels, side, side),
-            rank=accelerator.process_index, world=accelerator.num_processes, wait=accelerator.wait_for_everyone, about=self.source["where"],
+            rank=accelerator.process_index, world=accelerator.num_processes, wait=patient(accelerator.num_processes),
+            about=self.source["where"],
         )
 
     def tokenise(self, example: Example, held_out: bool = False) -> Tokens:
-        """The addresses of a row's caption and pictures, with the draws that they are scored at. Raises `BadRow`."""
-        caption = self.encodings.caption_of(example.prompt_text)
+        """The addresses of a row's caption and pictures, with the draws that they are scored at, which are the same for all users. Raises
+        `BadRow`."""
+        caption, user = self.encodings.caption_of(example.prompt_text), self._user(example.prompt)
         pictures = self.encodings.images_of(example)
         if len(pictures) < len(example.completions):
             raise BadRow("it is a text, and this algorithm is about pictures")
@@ -129,20 +135,36 @@ class DiffusionPolicy(nn.Module):
         branches = []
         for completion, picture in zip(example.completions, pictures, strict=True):
             own = self.encodings.caption_of(completion.text) if completion.text.strip() else caption
-            branches.append(self.draws.branch(picture, own, group, numbers))
+            branches.append(self.draws.branch(picture, self._told(own, user), group, numbers))
         frame = tuple(self.encodings.latent(pictures[0])[0].shape) if self.encodings.framing.step else ()
-        return Tokens([caption], branches, 0, [0] * len(branches), frame)
+        return Tokens([self._told(caption, user)], branches, 0, [0] * len(branches), frame)
 
     def tokenise_eval(self, example: Example) -> Tokens:
         """The same for a row of the held-out split."""
         return self.tokenise(example, held_out=True)
 
     def prompt_ids(self, prompt: list[Message], chat: bool) -> list[int]:
-        text = "\n".join(m.text for m in prompt)
+        text, user = "\n".join(m.text for m in prompt), self._user(prompt)
         try:
-            return [self.encodings.caption_of(text)]
+            caption = self.encodings.caption_of(text)
         except BadRow:  # asked for by a person
-            return [self.encodings.add_caption(text, self.encoders().captions([text])[0])]
+            caption = self.encodings.add_caption(text, self.encoders().captions([text])[0])
+        return [self._told(caption, user)]
+
+    def _user(self, prompt: list[Message]) -> int | None:
+        """The address of the user that a prompt names. Raises `BadRow` where it names one in vain, or none and the model is told one."""
+        if self.users is not None:
+            return self.users.of(prompt)
+        if any(m.user is not None for m in prompt):
+            raise BadRow(f"it has a user, and model={self.cfg.name} is told none; add adapter=user, or set data.columns.user=null to leave "
+                         "the column out")
+        return None
+
+    def _told(self, caption: int, user: int | None) -> int:
+        return caption if self.users is None else self.users.told(caption, user)
+
+    def _parts(self, told: int) -> tuple[int, int | None]:
+        return (told, None) if self.users is None else self.users.parts(told)
 
     # ---- scores ----------------------------------------------------------------------------------
 
@@ -162,9 +184,13 @@ class DiffusionPolicy(nn.Module):
         return made
 
     def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: float = 1.0) -> Tensor:
-        """The network's prediction, fp32. Under `guidance` it is that without the caption, and from there further on (arXiv 2207.12598)."""
-        said = [self.encodings.caption(c) for c in captions]
-        condition = {name: torch.stack([s[name] for s in said]).to(x_t.device) for name in said[0]}
+        """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598)."""
+        parts = [self._parts(c) for c in captions]
+        said = [self.encodings.caption(caption) for caption, _ in parts]
+        condition = {name: torch.stack([s[name] for s in said]) for name in said[0]}
+        if self.users is not None:
+            condition |= self.users.batch([user for _, user in parts])
+        condition = {name: value.to(x_t.device) for name, value in condition.items()}
         with self.autocast():
             prediction = self.denoiser.predict(x_t, t, condition, sizes).float()
         if guidance == 1:
@@ -212,7 +238,9 @@ class DiffusionPolicy(nn.Module):
             share, weight = self.draws.time(group, number)
             times.append(share)
             weights.append(weight)
-            captions.append(self.encodings.caption_of("") if self.draws.dropped(group, number) else caption)
+            said, user = self._parts(caption)
+            said = self.encodings.caption_of("") if self.draws.dropped(group, number) else said
+            captions.append(self._told(said, None if self.draws.user_dropped(group, number) else user))
             sizes.append(self.encodings.sizes(picture))
         return Seen(torch.stack(x0).float(), torch.tensor(times, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64), captions,
                     None if sizes[0] is None else torch.stack(sizes), keys)
@@ -301,11 +329,11 @@ class DiffusionPolicy(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Drawing]:
-        """A picture for each caption. Where it starts follows from (seed, caption, how often the caption came before)."""
+        """A picture for each caption. Where it starts follows from (seed, caption, how often the caption came before for its user)."""
         shape, starts, seen = self.encodings.shape, [], {}
         for (caption,) in prompts:
             seen[caption] = seen.get(caption, -1) + 1
-            starts.append(normals(shape, "sample", seed, caption, seen[caption]))
+            starts.append(normals(shape, "sample", seed, self._parts(caption)[0], seen[caption]))
         was_training = self.training
         self.eval()
         try:

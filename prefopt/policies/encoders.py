@@ -166,19 +166,24 @@ class Encoders:
         names = [n for n in ("tokenizer", "tokenizer_2", "tokenizer_3") if n in self.folder.parts]
         return names[-1]
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """By itself: how long captions are is known without any weights."""
+        return self.folder.load(self._reader)
+
     @property
     def limit(self) -> int:
         """Tokens that the farthest reading text encoder takes, its special ones included."""
         clip = self.folder.pipeline == "StableDiffusion3Pipeline" and self._reader != "tokenizer_3"  # its T5 is left out
         if "max_sequence_length" in self.defaults and not clip:
             return int(self.defaults["max_sequence_length"])
-        return int(getattr(self.texts, self._reader).model_max_length)
+        return int(self._tokenizer.model_max_length)
 
     def too_long(self, texts: list[str]) -> list[int]:
         """Places of the texts whose end no text encoder reads."""
         if not texts:
             return []
-        tokenizer, limit, before = getattr(self.texts, self._reader), self.limit, ""
+        tokenizer, limit, before = self._tokenizer, self.limit, ""
         if instruction := self.defaults.get("complex_human_instruction"):
             before = "\n".join(instruction)
             limit += len(tokenizer.encode(before)) - 2

@@ -37,6 +37,13 @@ class Located:
         return _digest(files) if files else None
 
 
+def adapter_fingerprint(path: str | None) -> str | None:
+    """The same of an adapter, a folder or one file of it; None where there is none here."""
+    given = Path(path or "").expanduser()
+    file = given.name if given.is_file() else None
+    return Located(str(given.parent if file else given), file, "").fingerprint() if path else None
+
+
 def _digest(files: Sequence[Path]) -> str:
     """sha256 over files and their names. Kept for files that have not changed since: reading many gigabytes takes a minute."""
     seen = [(str(f.resolve()), about.st_size, about.st_mtime_ns, about.st_ctime_ns) for f in files for about in [f.stat()]]

@@ -35,6 +35,7 @@ def add_lora(denoiser: Denoiser, lora: LoraConfig, seed: int) -> None:
     """Freezes the network and puts an adapter in fp32 on it: that of `lora.adapter`, or a fresh one, which changes nothing yet."""
     from peft import LoraConfig as PeftLora
     from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     network = denoiser.network.requires_grad_(False)
     if lora.adapter:
@@ -48,11 +49,16 @@ def add_lora(denoiser: Denoiser, lora: LoraConfig, seed: int) -> None:
                 inject_adapter_in_model(config, network)
             except ValueError as error:
                 raise UserError(f"model.lora.targets={lora.targets}: {str(error).splitlines()[0][:200]}") from error
+    for module in network.modules():
+        if isinstance(module, LoraLayer):  # not every file of an adapter can say how much dropout it is to have
+            module.lora_dropout["default"] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
     denoiser.lora = lora
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if lora.adapter:  # it was put on in the network's own type, which may be bf16 and have rounded it
+        restore_lora(denoiser, Path(lora.adapter).expanduser())
 
 
 def _targets(denoiser: Denoiser, targets: str) -> list[str]:

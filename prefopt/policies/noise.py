@@ -38,7 +38,7 @@ def normals(shape: tuple[int, ...], *parts: object) -> Tensor:
 
 
 class Draws:
-    """The times, noises and dropped captions of draws, as `cfg` wants them. `seed` is the run's."""
+    """The times, noises, dropped captions and dropped users of draws, as `cfg` wants them. `seed` is the run's."""
 
     def __init__(self, cfg: NoiseConfig, seed: int):
         self.cfg, self.seed = cfg, seed
@@ -71,6 +71,10 @@ class Draws:
     def dropped(self, group: int, number: int) -> bool:
         """Whether the caption is left out, for all pictures of the group alike; never on held-out draws."""
         return number < HELD_OUT and share("dropout", self._seed(number), group, number) < self.cfg.dropout
+
+    def user_dropped(self, group: int, number: int) -> bool:
+        """Whether the user is left out, likewise; apart from the caption."""
+        return number < HELD_OUT and share("user", self._seed(number), group, number) < self.cfg.user_dropout
 
     def mirrored(self, group: int, number: int) -> bool:
         """Whether all pictures of the group are seen in a mirror (`data.flip`); never on held-out draws."""

@@ -27,9 +27,9 @@ def load_diffusion(cfg: ModelConfig, device: torch.device, precision: str, seed:
     located = locate_pipeline(cfg)
     folder = open_folder(located.folder)
     print(f"model: {located.where}", file=sys.stderr)
-    frozen = torch.bfloat16 if precision == "bf16" and cfg.lora.enabled else torch.float32
+    frozen = torch.bfloat16 if precision == "bf16" and cfg.frozen else torch.float32
     denoiser = open_denoiser(located.folder, frozen, device, cfg.lora if cfg.lora.enabled else None, seed, cfg.gradient_checkpointing,
-                             cfg.channels_last, cfg.compile, cfg.resolution)
+                             cfg.channels_last, cfg.compile, cfg.resolution, cfg.dropout, cfg.user_width)
     if cfg.start:
         denoiser.restore(cfg.start)
     if cfg.latent != [denoiser.latent_channels, denoiser.factor]:
@@ -38,7 +38,8 @@ def load_diffusion(cfg: ModelConfig, device: torch.device, precision: str, seed:
     if cfg.resolution % (denoiser.factor * denoiser.packs):
         raise UserError(f"model.resolution={cfg.resolution} is no multiple of {denoiser.factor * denoiser.packs} pixels, which "
                         f"{located.where} needs")
-    weights = Located(str(Path(cfg.start or located.folder) / folder.network), None, "").fingerprint()
+    base = located.folder if cfg.frozen or not cfg.start else cfg.start  # of an adapter, its own weights are told apart
+    weights = Located(str(Path(base) / folder.network), None, "").fingerprint()
     source = {"path": cfg.path, "where": located.where, "revision": located.revision, "fingerprint": weights}
 
     @cache
@@ -50,7 +51,7 @@ def load_diffusion(cfg: ModelConfig, device: torch.device, precision: str, seed:
 
 def locate_pipeline(cfg: ModelConfig, weights: bool = True) -> Located:
     """Where the folder of a pipeline is: made here, local, on the hub, or kept in the cache. Raises `UserError` naming all that was tried.
-    Without `weights` only the configs of one on the hub are fetched."""
+    Without `weights` only configs and vocabularies of one on the hub are fetched."""
     if cfg.path is None:
         if (kind := TINY.get(cfg.name)) is None:
             raise UserError(f"model.path is not set for model={cfg.name}; give a hub id or a folder")
@@ -66,7 +67,7 @@ def locate_pipeline(cfg: ModelConfig, weights: bool = True) -> Located:
     try:
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=WANTED if weights else WANTED[:2])
+        folder = snapshot_download(cfg.path, revision=cfg.revision, allow_patterns=WANTED if weights else WANTED[:-1])
         return Located(folder, None, f"hub {cfg.path}", Path(folder).name)
     except Exception as error:  # not found, gated, no network: the hub client has many types for one situation
         tried = f"hub {cfg.path} ({type(error).__name__})"

@@ -191,9 +191,9 @@ def make_reference(policy: nn.Module, which: str, moves: bool = False, name: str
     way). Of a diffusion model the whole is then copied. The copy shares dtype, attention and device with the policy. `name` tells several
     copies of one adapter apart.
     """
-    lora = getattr(getattr(policy, "cfg", None), "lora", None)
-    if lora is not None and lora.enabled and not (hasattr(policy, "denoiser") and (lora.adapter or moves) and which != "base"):
-        return AdapterOff(policy) if which == "base" or not (lora.adapter or moves) else AdapterCopy(policy, name)
+    cfg = getattr(policy, "cfg", None)
+    if cfg is not None and cfg.frozen and not (hasattr(policy, "denoiser") and (cfg.adapter or moves) and which != "base"):
+        return AdapterOff(policy) if which == "base" or not (cfg.adapter or moves) else AdapterCopy(policy, name)
     if which == "base":
         raise UserError("reference.policy=base means the model without its adapter, and there is none; use reference.policy=initial")
     return FrozenCopy(policy)

@@ -44,11 +44,15 @@ def started(cfg: ModelConfig, key: str = "model.start") -> ModelConfig:
     return replace(base, start=cfg.start, lora=replace(base.lora, adapter=str(folder)))
 
 
-PICTURES = ("unet", "transformer", "pytorch_lora_weights.safetensors")  # what a diffusion policy saves, one of them
+USERS = "user_branch.safetensors"
+PICTURES = ("unet", "transformer", USERS, "pytorch_lora_weights.safetensors")  # what a diffusion policy saves, one of them
 
 
 def _started_pictures(cfg: ModelConfig, folder: Path, key: str) -> ModelConfig:
-    """The same for a diffusion model: `policies/pipeline.py` puts whole weights in when it loads it, an adapter is that of its LoRA."""
+    """The same for a diffusion model: `policies/pipeline.py` puts whole weights, or an attention to users, in when it loads it; an adapter
+    is that of its LoRA."""
+    if (folder / USERS).is_file() and cfg.user_width is None:
+        raise UserError(f"{key}={cfg.start} holds an attention to users, and model={cfg.name} is told none; add adapter=user")
     if not (folder / PICTURES[-1]).is_file():
         return replace(cfg, start=str(folder))
     if not cfg.lora.enabled:

@@ -318,7 +318,7 @@ def _render(config: dict, manifest: dict, status: dict, rows: list, samples: lis
 def _setup(config: dict, manifest: dict, status: dict) -> list[tuple[str, str]]:
     """What a reader wants to know first about how the run was made; only what is known."""
     algo = config.get("algo") if isinstance(config.get("algo"), dict) else {}
-    found = [("seed", config.get("seed"))]
+    found = [("seed", config.get("seed")), ("beta, found by the run", manifest.get("beta"))]
     found += [(key, value) for key, value in algo.items() if finite(value) is not None][:6]
     found += [("learning rate", _dig(config, "optim.lr")), ("batch", _dig(config, "train.batch_size"))]
     found += [("steps", status.get("total_steps") or _dig(config, "train.steps"))]

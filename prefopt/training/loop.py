@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prefopt.config.schema import TrainConfig
-from prefopt.errors import RunFailed
+from prefopt.errors import RunFailed, UserError
 from prefopt.report.alarms import alarms
 from prefopt.report.run_report import write_report
 from prefopt.tracking.tracker import JsonlTracker, read_jsonl
@@ -21,7 +21,7 @@ from prefopt.training import checkpoint
 from prefopt.training.engine import learning_rate
 from prefopt.training.plan_text import out_of_memory
 from prefopt.training.progress import Progress
-from prefopt.training.rundir import manifest, read_status, write_atomic, write_status
+from prefopt.training.rundir import manifest, read_manifest, read_status, write_atomic, write_status
 from prefopt.training.selfcheck import self_check
 from prefopt.training.setup import Run, make_accelerator, make_trackers, set_up
 from prefopt.training.signals import StopSignals
@@ -31,6 +31,7 @@ from prefopt.training.throughput import Speed
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Runs or continues the run in `cfg.run_dir`; returns its last evaluation. Raises `UserError` and `RunFailed`."""
     run = set_up(cfg, make_accelerator(cfg))
+    same_start(run)
     log = Log(run)
     step = log.resume()
     with StopSignals() as stop, log.ending():
@@ -52,6 +53,16 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
             if stopping:
                 return log.stopped(step, stop.name or "a signal on another process")
         return log.finished(step)
+
+
+def same_start(run: Run) -> None:
+    """A run goes on from the weights that it began with: the reference, and what an adapter lies on, are read anew at each start. Raises
+    `UserError`."""
+    began, now = read_manifest(run.folder).get("model", {}), run.about["model"]
+    if changed := [key for key in ("fingerprint", "adapter") if key in began and began[key] != now[key]]:
+        where = run.cfg.model.adapter if changed == ["adapter"] else now["where"]
+        raise UserError(f"{run.folder} began with other weights than those that are now at {where}, and its reference would change on the "
+                        "way. Put them back, or start anew in another hydra.run.dir.")
 
 
 class Log:

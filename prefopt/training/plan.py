@@ -233,18 +233,18 @@ def _reference(cfg: TrainConfig, ground: Ground, source: OfflineSource, steps: i
     """How the objective gets its reference's scores (`training/reference.py` decides the same way), with a store that is empty."""
     if "reference" not in ground.objective.quantities:
         return "none"
-    lora, settings = cfg.model.lora, cfg.reference
+    model, settings = cfg.model, cfg.reference
     moves = settings.refresh != "never"
     if settings.store != "off" and cfg.source.kind == "offline" and not moves and "reference" not in ground.objective.states_of:
         often = visits(source, steps)
         once = sum(tree_tokens(row) for row, n in zip(source.rows, often, strict=True) if n)
         judged = sum(tree_tokens(row) for row in ground.held_out)
         live = sum(n * tree_tokens(row) for row, n in zip(source.rows, often, strict=True))
-        if settings.store == "on" or not lora.enabled or once + judged < live + evaluations(steps, cfg.train.eval_every) * judged:
+        if settings.store == "on" or not model.frozen or once + judged < live + evaluations(steps, cfg.train.eval_every) * judged:
             return "stored"
-    if lora.enabled and moves:
+    if model.frozen and moves:
         return "second adapter"
-    return "adapter off" if lora.enabled and (settings.policy == "base" or not lora.adapter) else "frozen copy"
+    return "adapter off" if model.frozen and (settings.policy == "base" or not model.adapter) else "frozen copy"
 
 
 def _steps_of(wanted: Sequence[int], source: OfflineSource, steps: int) -> Iterator[int]:
@@ -261,7 +261,7 @@ def _copies(cfg: TrainConfig, objective: Objective, reference: str) -> int:
     """Models of the policy's size that stay in memory beside it: a frozen reference, where that moves the start for KL as well, moving
     averages (of the objective's or `train.ema`'s), the weights of the last round, teachers."""
     moves = cfg.reference.refresh != "never" and reference != "none"
-    own = 0 if cfg.model.lora.enabled else (
+    own = 0 if cfg.model.frozen else (
         len(objective.averages()) + (moves and cfg.evaluation.kl) + bool(cfg.source.extrapolate) + (cfg.train.ema is not None))
     return (reference == "frozen copy") + own + _teachers(cfg, objective)
 

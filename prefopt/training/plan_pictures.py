@@ -36,6 +36,7 @@ from prefopt.policies.lora_export import add_lora
 from prefopt.policies.noise import Draws, address
 from prefopt.policies.pipeline import locate_pipeline
 from prefopt.policies.pipeline_folder import NEEDED, PipelineFolder
+from prefopt.policies.user_branch import add_user_branch
 from prefopt.training import memory, plan
 from prefopt.training.memory import DryRun, Live, Memory
 from prefopt.training.plan_text import _flops, _gb, _time, memory_lines
@@ -200,7 +201,7 @@ def _needs(cfg: TrainConfig, scene: Scene, run: DryRun, device: str, reference: 
     """The parts of a process. VAE and text encoders are there while rows are encoded, and the VAE stays once pictures were sampled."""
     vae, encoding, decoding = scene.vae
     sampled = bool(cfg.evaluation.prompts)
-    reloads = cfg.evaluation.kl and not cfg.model.lora.enabled and cfg.reference.refresh == "never" and reference != "frozen copy"
+    reloads = cfg.evaluation.kl and not cfg.model.frozen and cfg.reference.refresh == "never" and reference != "frozen copy"
     runtime = (memory.GPU_RUNTIME if device == "cuda" else scene.runtime) + vae * sampled
     needs = memory.memory(
         run, cfg.model, device=device, world=world, micros=micros, reloads=reloads, runtime=runtime,
@@ -214,13 +215,15 @@ def _needs(cfg: TrainConfig, scene: Scene, run: DryRun, device: str, reference: 
 def build(folder: PipelineFolder, model: ModelConfig, precision: str) -> Any:
     """The denoiser that a run would train, on the meta device."""
     denoiser = meta_denoiser(folder, model.resolution)
-    if precision == "bf16" and model.lora.enabled:
+    if precision == "bf16" and model.frozen:
         denoiser.network.to(torch.bfloat16)
     if model.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()
     if model.lora.enabled:
         with torch.device("meta"):
             add_lora(denoiser, replace(model.lora, adapter=None), 0)
+    elif model.user_width is not None:
+        add_user_branch(denoiser, model.user_width, 0)
     denoiser.network.train()
     return denoiser
 
@@ -267,6 +270,8 @@ def _run(key: _Key, precision: str, draws: int) -> DryRun:
         x, target = (torch.zeros(draws, denoiser.latent_channels, side, side) for _ in range(2))
         t = torch.zeros(draws) if denoiser.process.kind == "flow" else torch.zeros(draws, dtype=torch.long)
         cond = {name: torch.zeros(draws, *shape) for name, shape in caption_shapes(denoiser).items()}
+        if key.model.user_width is not None:
+            cond["user"] = torch.zeros(draws, 1, key.model.user_width)
 
         def score() -> torch.Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -350,7 +355,7 @@ def remedies(cfg: TrainConfig, widest: int) -> Iterator[tuple[str, TrainConfig]]
             yield f"train.micro_batch_tokens={draws}", replace(of, train=replace(of.train, micro_batch_tokens=draws))
             draws //= 2
 
-    if cfg.reference.store == "off" and cfg.noise.pool and not cfg.model.lora.enabled:
+    if cfg.reference.store == "off" and cfg.noise.pool and not cfg.model.frozen:
         yield "reference.store=auto", replace(cfg, reference=replace(cfg.reference, store="auto"))
     yield from smaller(cfg)
     said, slim = "", cfg
@@ -358,7 +363,7 @@ def remedies(cfg: TrainConfig, widest: int) -> Iterator[tuple[str, TrainConfig]]
         said, slim = "model.gradient_checkpointing=true", replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
         yield said, slim
         yield from ((f"{said} {name}", changed) for name, changed in smaller(slim))
-    if not cfg.model.lora.enabled:
+    if not cfg.model.frozen:
         for name, of in (("adapter=lora", cfg), (f"adapter=lora {said}".strip(), slim)):
             small = replace(of, model=replace(of.model, lora=replace(of.model.lora, enabled=True)))
             yield name, small

@@ -31,7 +31,7 @@ from prefopt.policies.load import load_policy
 from prefopt.policies.reference import AdapterOff, AsLoaded, Provider, Reloaded, Stored, make_reference
 from prefopt.policies.store import Store, entry_key, evict, reference_root
 from prefopt.training.engine import quantities
-from prefopt.training.rundir import differences
+from prefopt.training.rundir import differences, read_manifest
 from prefopt.training.source import OfflineSource
 
 CHUNK = 16  # micro-batches of a process to a shard: what a kill can cost, and how often the work of others is looked at
@@ -53,11 +53,11 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
 
     With the store, the rows that `steps` of `source` visit, and those `held_out`, get the reference's scores as `stored["reference"]`.
     """
-    which, moves, lora = cfg.reference.policy, cfg.reference.refresh != "never", cfg.model.lora
+    which, moves, model = cfg.reference.policy, cfg.reference.refresh != "never", cfg.model
     reads = "reference" in objective.quantities
     kl = cfg.evaluation.kl and policy.quantity != "reward"  # it is a measure of samples
     may_store = cfg.reference.store != "off" and cfg.model.kind != "tabular"
-    reload = may_store and not (lora.enabled or moves)  # a second model need not stay in memory
+    reload = may_store and not (model.frozen or moves)  # a second model need not stay in memory
     stored: Stored | None = None
     about: dict[str, Any] = {}
     live = f"it moves (reference.refresh={cfg.reference.refresh})" if moves else ""
@@ -80,7 +80,7 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
         reference = Reloaded(_loader(cfg, policy, accelerator)) if kl else None
     initial = None
     if kl:  # KL is to the policy the run started from, whatever the objective's reference is
-        if not stored and not moves and (which == "initial" or not lora.adapter):
+        if not stored and not moves and (which == "initial" or not model.adapter):
             initial = reference
         else:
             initial = Reloaded(_loader(cfg, policy, accelerator)) if stored and reload else make_reference(policy, "initial", name="start")
@@ -149,11 +149,12 @@ def missing_tokens(row: Row, keys: Sequence[bytes], missing: Collection[bytes]) 
 
 def identity_of(cfg: TrainConfig, policy: nn.Module) -> dict[str, Any]:
     """Everything about the reference and the rendering of rows that its log-probs may depend on, in parts that people can read."""
-    of_adapter = cfg.reference.policy == "initial" and cfg.model.lora.adapter
+    of_adapter = cfg.reference.policy == "initial" and cfg.model.adapter
     weights = policy.source["fingerprint"] or _hash((n, p) for n, p in policy.named_parameters() if "lora_" not in n)
     adapter = _hash(policy.trainable().items()) if of_adapter else None
     if cfg.model.kind == "diffusion":
-        return {"weights": weights, "adapter": adapter, **policy.identity()}
+        mirrored = {"flip": True} if cfg.data.flip else {}  # of half of the draws the mirror image is scored
+        return {"weights": weights, "adapter": adapter, **policy.identity(), **mirrored}
     tokeniser, data = policy.tokeniser, cfg.data
     # Scoring has no dropout and no cache, and a folder may be moved.
     config = {k: v for k, v in policy.inner.config.to_dict().items()
@@ -196,7 +197,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     """Decides; if it is chosen, fills the store and gives its scores to the rows as those of `scorer`, which is `policy` by `cfg.model`.
     With a line about why, and what the manifest keeps of it. The main process reads and writes, the others score
     their share."""
-    main, began = accelerator.is_main_process, _manifest(Path(cfg.run_dir))
+    main, began = accelerator.is_main_process, read_manifest(Path(cfg.run_dir))
     name = "store" if scorer == "reference" else f"{scorer}_store"  # in the manifest
     often = visits(source, steps)
     every = [row for row, count in zip(source.rows, often, strict=True) if count] + list(held_out)
@@ -204,7 +205,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     rows = every if scorer in objective.extra_scorers else [replace(row, extra=[]) for row in every]
     value = objective.soft_value() if "value" in objective.quantities[scorer] else None
     level = "tokens" if value or "token_logp" in objective.quantities[scorer] or source.draws is not None else "sums"
-    lora, identity = cfg.model.lora, identity_of(cfg, policy)
+    model, identity = cfg.model, identity_of(cfg, policy)
     if value:  # a number per token as well, filed apart
         identity["quantity"] = "value, weight {:g}, temperature {:g}".format(*value)
     store, how, use, keys = None, "", False, []
@@ -225,14 +226,14 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
         elif began:
             use = known is not None  # a run goes on as it began
         else:
-            use = not lora.enabled or cost < live  # without an adapter the alternative is a second model in memory
+            use = not model.frozen or cost < live  # without an adapter the alternative is a second model in memory
         how = f"stored ({len(wanted) - len(missing):,} of {len(wanted):,} replies were there)"
         spent = f"{cost:,} tokens to score now, {live:,} over the run without the store"
         print(f"{scorer}: {how if use else 'live'}; {spent}", file=sys.stderr)
     use, how = _from_main((use, how), accelerator)
     if not use:
         return None, {}
-    filler = AdapterOff(policy) if lora.enabled and (cfg.reference.policy == "base" or not lora.adapter) else AsLoaded(policy)
+    filler = AdapterOff(policy) if model.frozen and (cfg.reference.policy == "base" or not model.adapter) else AsLoaded(policy)
     of_tokens = (lambda micro: filler(micro, Asked(value=value))["value"]) if value else filler
     fill(store, rows, keys, level, of_tokens, source, accelerator)
     values: list[list[Any]] = []
@@ -255,14 +256,6 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
         print(f"{scorer}: its scores were computed anew since the run began; they may differ by rounding, and so may what follows",
               file=sys.stderr)
     return Stored(how), about
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """What a run that goes on has written when it began; empty for a fresh one."""
-    try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def fill(store: Store | None, rows: Sequence[Row], keys: Sequence[Sequence[bytes]], level: str, filler: Provider, source: OfflineSource,

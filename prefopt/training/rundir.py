@@ -19,6 +19,7 @@ import yaml
 
 from prefopt.config.schema import TrainConfig
 from prefopt.config.stages import FOLDER, as_references
+from prefopt.config.strength import with_number
 from prefopt.errors import UserError, nearest
 from prefopt.tracking.redact import redact
 
@@ -105,7 +106,7 @@ def load_run_config(folder: Path) -> TrainConfig:
         raise UserError(f"{known} is no config of this version of prefopt ({str(error).splitlines()[0]})") from error
     cfg.run_dir = str(folder)
     out = OmegaConf.to_object(cfg)
-    check_algo(out.algo, out.trust.packages, out.algo.get("name"))  # the folder may have been made, or edited, by somebody else
+    check_algo(with_number(out.algo), out.trust.packages, out.algo.get("name"))  # the folder may be made or edited by others
     return out
 
 
@@ -153,6 +154,14 @@ def manifest(cfg: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
         **({"stages": {name: {"run": f"{FOLDER}/{name}", "settings": s} for name, s in cfg.stages.items()}} if cfg.stages else {}),
         **about,
     })
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a run that goes on has written when it began; empty for a fresh one."""
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 
 from prefopt.config.mixtures import expanded
 from prefopt.config.schema import TrainConfig
-from prefopt.config.strength import SD15, in_nats
-from prefopt.data.dataset import Dataset, make_dataset, make_prompts
+from prefopt.config.strength import SD15, factor, in_nats, with_number
+from prefopt.data.dataset import Dataset, make_dataset, make_prompts, reduce_ranking
 from prefopt.data.extra import captions_of
 from prefopt.data.fits import VIEW_OF_KIND, check_use
 from prefopt.data.sources import Split, load_data
@@ -27,18 +27,20 @@ from prefopt.data.transforms import Tools, apply_transforms, transform_lines
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
+from prefopt.policies.locate import adapter_fingerprint
 from prefopt.policies.start import started
 from prefopt.rewards import pictures
 from prefopt.rewards.true_reward import make_rewards
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.tracking.trackers import Guarded
 from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
+from prefopt.training.auto_beta import find_beta
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
 from prefopt.training.moving import Moving, moving_averages
 from prefopt.training.online import OnlineSource
 from prefopt.training.reference import make_references
-from prefopt.training.rundir import plain_config
+from prefopt.training.rundir import plain_config, read_manifest
 from prefopt.training.source import OfflineSource
 from prefopt.training.teachers import make_teacher
 from prefopt.training.throughput import find_peak, machine, unit
@@ -68,13 +70,13 @@ class Run:
 
 
 def make_objective(settings: dict[str, Any]) -> Objective:
-    """The objective that `_target_` names, with the other settings as its fields."""
+    """The objective that `_target_` names, with the other settings as its fields; beta is 1 where it is left to the run."""
     module, _, name = settings["_target_"].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     if "parts" in settings:  # of a mixture
         settings = {**settings, "parts": expanded(settings["parts"])}
     try:
-        return kind(**{k: v for k, v in in_nats(settings, SD15).items() if k not in ("_target_", "name", "defaults")})
+        return kind(**{k: v for k, v in in_nats(with_number(settings), SD15).items() if k not in ("_target_", "name", "defaults")})
     except ValueError as error:
         raise UserError(f"algo: {error}") from error
 
@@ -170,7 +172,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity, cfg.noise)
     if cfg.model.kind == "diffusion":
-        examples = [*train_split.examples, *held_out_split.examples]
+        trained = [reduce_ranking(e, "all" if view == "ranking" else cfg.data.pairs) for e in train_split.examples]
+        examples = [*trained, *held_out_split.examples]  # held-out rankings are judged as they are
         policy.encode([*examples, *captions_of(examples, objective.extra)], cfg.data, accelerator)
     as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
     train, held_out = (
@@ -184,7 +187,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     if len(train.rows) < objective.min_batch:
         raise UserError(f"{len(train.rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
 
-    is_initial = cfg.reference.policy == "initial" or not cfg.model.lora.adapter
+    is_initial = cfg.reference.policy == "initial" or not cfg.model.adapter
     make = dict(view=objective.view, budget=cfg.train.micro_batch_tokens, pad=policy.pad, soft_labels="label" in objective.columns,
                 seed=cfg.seed, rank=accelerator.process_index, world=accelerator.num_processes, layout=policy.layout,
                 share=policy.share, draws=getattr(policy, "draws", None))
@@ -201,6 +204,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
                               folder, source)
     moving = Moving(engine, source, cfg, averages)
     total = cfg.train.steps or source.steps(cfg.train.epochs)
+    beta = _set_beta(cfg, engine, source, total)
     if accelerator.is_main_process and (idle := moving.stands_still(total)):
         print(idle, file=sys.stderr)
     held_out_source = None
@@ -213,8 +217,9 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "device": str(accelerator.device), "machine": machine(accelerator.device),
         "peak": peak and {"tflops": float(f"{peak / 1e12:.4g}"), "from": peak_from},
         "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-        "precision": cfg.hardware.precision, "model": policy.source, **references.about, **taught,
-        "scoring": getattr(policy, "scoring", None),
+        "precision": cfg.hardware.precision,
+        "model": {**policy.source, "adapter": adapter_fingerprint(cfg.model.adapter)}, **references.about, **taught,
+        "scoring": getattr(policy, "scoring", None), **beta,
         "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in rewards.items()},
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "parameters": sum(p.numel() for p in policy.parameters()),
@@ -224,6 +229,21 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     }
     return Run(cfg, folder, engine, source, moving, judge, held_out, total, is_initial,
                unit(objective.view, {row.kind for row in train.rows}, online), peak, about)
+
+
+def _set_beta(cfg: TrainConfig, engine: Engine, source: OfflineSource | OnlineSource, steps: int) -> dict[str, float]:
+    """Gives an objective with `beta: auto` its number, for the manifest: the one that the run began with, or one found now."""
+    wanted = factor(cfg.algo)
+    if wanted is None:
+        return {}
+    known = read_manifest(Path(cfg.run_dir)).get("beta")
+    if known is None:
+        known, spread = find_beta(engine, source.step(0), source.step(min(1, steps - 1)), wanted)
+        if engine.accelerator.is_main_process:
+            print(f"algo.beta=auto: {known:.4g}; a step at optim.lr={cfg.optim.lr:g} moves other pairs by {spread:.4g} nats (root "
+                  f"mean square), where the gradient factor is then {wanted:g}", file=sys.stderr)
+    engine.objective.beta = known
+    return {"beta": known}
 
 
 def say_rejected(*parts: Split | Dataset) -> None:
@@ -237,7 +257,8 @@ def say_rejected(*parts: Split | Dataset) -> None:
         if split.no_preference:
             shown = "; ".join(f"{count} {reason}" for reason, count in split.no_preference.most_common())
             print(f"data: {split.no_preference.total()} {split.name} rows prefer nothing and are left out ({shown})", file=sys.stderr)
-        for what in ("truncated_prompts", "truncated_completions", "truncated_extra_sequences", "undesirable_left_out"):
+        for what in ("truncated_prompts", "truncated_completions", "truncated_extra_sequences", "undesirable_left_out",
+                     "rows_without_mismatched_reply"):
             if data.stats.get(what):
                 print(f"data: {data.stats[what]} {split.name} {what.replace('_', ' ')}", file=sys.stderr)
 

@@ -121,7 +121,7 @@ def _kind_of_pictures(policy: nn.Module, objective: Objective, teachers: Sequenc
 def picture_kind(cfg: ModelConfig, objective: Objective, shape: DrawShape | None, teachers: tuple[DrawShape, ...] = ()) -> StepKind:
     """How pictures are trained on with a model of this `shape`."""
     return StepKind(
-        shape, "draws", frozen=cfg.lora.enabled, recompute=cfg.gradient_checkpointing, twice=objective.coupling == "global",
+        shape, "draws", frozen=cfg.frozen, recompute=cfg.gradient_checkpointing, twice=objective.coupling == "global",
         reference="reference" in objective.quantities, teachers=teachers, extra_scorers=objective.extra_scorers,
     )
 

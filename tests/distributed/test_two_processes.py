@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from prefopt.config.catalogue import groups
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
+from prefopt.training.auto_beta import find_beta
 from tests.toy_runs import fresh_accelerator, gradients
 from tests.unit.test_engine import engine_of, objective_named, rows_for, source_of
 
@@ -43,6 +44,12 @@ def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
         assert two[slug]["metrics"] == pytest.approx(metrics, rel=1e-9), slug
         for name in grads:
             torch.testing.assert_close(two[slug]["grads"][name], grads[name], rtol=1e-8, atol=1e-12)
+    objective = objective_named("dpo")
+    with fresh_accelerator() as accelerator:
+        source = source_of(objective, rows_for(objective, 16), 10**6)
+        beta, _ = find_beta(engine_of(objective, accelerator), source.step(0), source.step(1), 0.45)
+    first, second = two["betas"].tolist()
+    assert first == second == pytest.approx(beta, rel=1e-8)
 
 
 @pytest.mark.parametrize("algo", ["dpo", "kto", "grpo"])

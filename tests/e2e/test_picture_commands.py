@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from prefopt.cli import main
+from prefopt.data.tiny_pictures import true_reward
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from tests.e2e.test_train import interrupt_at
@@ -30,15 +31,31 @@ def words(tmp_path_factory) -> list[str]:
 def runs(words, tmp_path_factory):
     """Two methods, one of them killed after its third step and continued."""
     root = tmp_path_factory.mktemp("runs")
-    assert train(root / "one", *words) == 0
+    (root / "here").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 4, error=SystemError("killed"))
-        with pytest.raises(SystemError):
-            train(root / "killed", *words)
-    assert checkpoint.steps(root / "killed" / "checkpoints")[-1].name == "step-000002"
-    assert train(root / "killed", *words) == 0
-    assert train(root / "two", *words, "algo.beta=0.5") == 0
+        patch.chdir(root / "here")
+        assert train(root / "one", *words) == 0
+        with patch.context() as killing:
+            interrupt_at(killing, 4, error=SystemError("killed"))
+            with pytest.raises(SystemError):
+                train(root / "killed", *words)
+        assert checkpoint.steps(root / "killed" / "checkpoints")[-1].name == "step-000002"
+        assert train(root / "killed", *words) == 0
+        assert train(root / "two", *words, "algo.beta=0.5") == 0
     return root
+
+
+def test_trap_4_28_nothing_is_written_beside_the_runs(runs):
+    """They train, judge, sample and are killed; their words name no other folder."""
+    assert sorted(place.name for place in runs.iterdir()) == ["here", "killed", "one", "two"]
+    assert not list((runs / "here").iterdir()) and list((runs / "one" / "samples").rglob("*.png"))
+
+
+def test_trap_4_27_a_sample_is_judged_under_its_own_caption(runs):
+    rows = read_jsonl(runs / "one" / "samples.jsonl")
+    images = [Image.open(runs / "one" / row["image"]) for row in rows]
+    own, others = ([true_reward(row["prompt"], image) for row, image in zip(order, images, strict=True)] for order in (rows, rows[::-1]))
+    assert [row["reward"] for row in rows] == pytest.approx(own) and own != others
 
 
 def test_a_killed_run_continues_to_the_same_bits(runs):

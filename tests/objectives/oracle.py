@@ -121,7 +121,8 @@ def units(batch: Batch, unit: str) -> list[tuple[dict[str, float], float]]:
     for token, edge in enumerate(batch.token_edge.tolist()):
         weights = [weight for e, weight in rows if e == edge]
         if weights:
-            out.append(({"t": policy["token_logp"][token]}, math.fsum(weights)))
+            own = {"t": policy["token_logp"][token]} if "token_logp" in policy else {}
+            out.append(({"y": policy["logp"][edge], "n": lengths[edge]} | own, math.fsum(weights)))
     return out
 
 

@@ -261,11 +261,12 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
         n = rng.randint(1, 5)
         batch = {"z": rng.uniform(0, 3)} if objective.mismatched else {"mid": rng.uniform(-3, 3)}
         return {"n": n, "y": -n * rng.uniform(0.05, 3), "r": -n * rng.uniform(0.05, 3), "d": rng.randint(0, 1)} | batch
-    return {"t": -rng.uniform(0.05, 3)}
+    n = rng.randint(1, 5)
+    return {"n": n, "y": -n * rng.uniform(0.05, 3)}
 
 
 def with_derived(names: dict[str, float]) -> dict[str, float]:
-    """The names plus h, mu and sd of a batch of one pair, and t where a unit is a single token's worth of it."""
+    """The names plus h, mu and sd of a batch of one pair, and t, y and n of its chosen reply."""
     names = with_sums(names)
     if "y" in names or "r" in names:
         names = {"zb": max(0, names.get("y", 0) - names.get("r", 0))} | names  # of a batch of one
@@ -275,7 +276,7 @@ def with_derived(names: dict[str, float]) -> dict[str, float]:
     if "w" in names:
         names = {"rw": 0, "rl": 0, "sw": 0, "sl": 0, "nw": 1, "nl": 1, "p": 1, "m": 0} | names
         names["h"] = (names["w"] - names["rw"]) - (names["l"] - names["rl"])
-        names["t"] = names["w"] / names["nw"]
+        names |= {"t": names["w"] / names["nw"], "y": names["w"], "n": names["nw"]}
         spelt = ("W w rw nw".split(), "L l rl nl".split())
         even = {side: [(names[s] / names[n], names[r] / names[n])] * names[n] for side, s, r, n in spelt}
         names = {"Q": [(1, names["h"])]} | even | names

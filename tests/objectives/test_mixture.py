@@ -146,7 +146,7 @@ def test_mpo_is_what_its_file_says():
     objective, info = default("mpo"), algo_info("mpo")
     assert [(p.name, type(p.objective), p.weight) for p in objective.mixed] == [("dpo", DPO, 0.8), ("bco", BCO, 0.4), ("sft", SFT, 1.0)]
     assert (info.view, info.coupling, info.slug) == ("pairs", "global", "mpo") and info.needs_reference
-    assert list(info.formula) == ["dpo_preference", "bco_preference", "sft_nll"] and info.formula["sft_nll"] == "1.0 * (-t)"
+    assert list(info.formula) == ["dpo_preference", "bco_preference", "sft_nll"] and info.formula["sft_nll"] == "1.0 * (-y/n)"
 
 
 def test_a_run_logs_each_part(tmp_path, tiny_lm):

@@ -12,6 +12,7 @@ import torch
 from samples import floats, layout_of, one_unit, rankings, scored
 
 from prefopt.config.catalogue import algo_info, groups, load_yaml, modalities
+from prefopt.config.compose import typed
 from prefopt.config.schema import ModelConfig, OptimConfig
 from prefopt.config.strength import SD15, in_nats, latent_dims
 from prefopt.data.extra import EXTRA, captions_of, less_liked
@@ -29,6 +30,7 @@ from prefopt.training.setup import make_objective
 from tests.toy import example
 from tests.toy_pictures import picture_policy, picture_source, pictured, ranked, rows_of
 from tests.toy_runs import fresh_accelerator, gradients
+from tests.unit.test_compose import composed
 from tests.unit.test_engine import engine_of, rows_for, source_of
 
 BOTH = [slug for slug in groups()["algo"] if "diffusion" in modalities(algo_info(slug))]
@@ -74,8 +76,8 @@ def scored_rows(policy, objective, examples, change: float = 0.0):
 
 
 @pytest.mark.parametrize("slug", BOTH)
-def test_every_objective_takes_steps_on_pictures(slug):
-    """Trap 4.9: nothing is registered that does not run. Losses are finite and the weights move."""
+def test_trap_4_9_every_objective_takes_steps_on_pictures(slug):
+    """Nothing is registered that does not run. Losses are finite and the weights move."""
     policy = picture_policy()
     objective = named(slug)
     before = copy.deepcopy(policy.network.state_dict())
@@ -97,8 +99,8 @@ def test_the_same_objectives_take_steps_on_texts(slug):
 
 @pytest.mark.parametrize(("slug", "kind"), [("diffusion_dpo", "epsilon"), ("diffusion_kto", "flow"), ("abc_diffusion", "epsilon"),
                                            ("dspo", "flow"), ("rankdpo", "epsilon")])  # fmt: skip
-def test_trap_3_the_gradient_does_not_depend_on_the_split(slug, kind):
-    """The logistic loss is taken of each row, not of a mean over the batch (trap 4.3)."""
+def test_trap_4_3_the_gradient_does_not_depend_on_the_split(slug, kind):
+    """The logistic loss is taken of each row, not of a mean over the batch."""
     found = []
     for budget in (10**6, 1):
         policy, objective = picture_policy(kind, draws=2, dropout=0.3), named(slug)
@@ -124,7 +126,7 @@ SDXL = ModelConfig(name="sdxl", kind="diffusion", resolution=1024, latent=[4, 8]
 
 @pytest.mark.parametrize(("beta", "margin", "loss"), [(5000, 1.5, 0.2014133), (2000, 0.6, 0.4374880)])
 @pytest.mark.parametrize("dims", [SD15, latent_dims(SDXL), 8])
-def test_traps_1_and_2_a_papers_beta_means_the_same_on_every_model(beta, margin, loss, dims):
+def test_traps_4_1_and_4_2_a_papers_beta_means_the_same_on_every_model(beta, margin, loss, dims):
     """Errors are means over latent dims, with the factor one half on all models alike; at any resolution the same errors give one loss."""
     objective = named("diffusion_dpo", dims, beta=f"{beta}/D")
     names = {name: -0.5 * dims * error for name, error in {"w": 0.1, "l": 0.101, "rw": 0.1003, "rl": 0.1007}.items()}
@@ -133,11 +135,18 @@ def test_traps_1_and_2_a_papers_beta_means_the_same_on_every_model(beta, margin,
     assert float(objective.rewards(batch) @ floats([1, -1])) == pytest.approx(margin, abs=1e-9)
 
 
-def test_trap_1_the_strengths_of_known_models():
+def test_trap_4_1_the_strengths_of_known_models():
     assert latent_dims(SDXL) == 65536 and SD15 == 16384
     assert (5000 / SD15, 5000 / latent_dims(SDXL)) == pytest.approx((0.305, 0.0763), abs=3e-4)
     policy = picture_policy(shape=(2, 1, 1))
     assert latent_dims(policy.cfg) == 2
+
+
+@pytest.mark.parametrize(("words", "dims"), [(("model=sd15",), SD15), (("model=sdxl",), 4 * SD15),
+                                             (("model=sdxl", "model.resolution=512"), SD15), (("model=tiny-flow",), 8 * 8 * 8)])
+def test_trap_4_1_a_run_has_the_beta_of_its_models_latents(words, dims):
+    cfg = typed(composed("algo=diffusion_dpo", "data=tiny-pictures", *words), "train", "diffusion_dpo")
+    assert latent_dims(cfg.model) == dims and make_objective(cfg.algo).beta == pytest.approx(5000 / dims)
 
 
 def test_a_score_is_half_the_summed_error():
@@ -161,7 +170,7 @@ def test_the_gradient_on_errors_is_a_quarter_of_beta_at_the_start(beta):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
-def test_trap_5_a_pair_shares_its_draws_and_turning_it_round_turns_the_logit(kind):
+def test_trap_4_5_a_pair_shares_its_draws_and_turning_it_round_turns_the_logit(kind):
     objective = named("diffusion_dpo")
     seen = []
     for sides in (("good.1", "bad.1"), ("bad.1", "good.1")):
@@ -176,7 +185,7 @@ def test_trap_5_a_pair_shares_its_draws_and_turning_it_round_turns_the_logit(kin
 
 
 @pytest.mark.parametrize("plan", ["shared", "independent"])
-def test_trap_5_pictures_that_look_alike_teach_nothing_under_shared_noise(plan):
+def test_trap_4_5_pictures_that_look_alike_teach_nothing_under_shared_noise(plan):
     policy = picture_policy(plan=plan)
     with fresh_accelerator() as accelerator:
         objective = named("diffusion_dpo", beta="2/D")
@@ -188,7 +197,7 @@ def test_trap_5_pictures_that_look_alike_teach_nothing_under_shared_noise(plan):
     assert steepest < 1e-6 if plan == "shared" else steepest > 1e-3
 
 
-def test_trap_6_a_tie_teaches_nothing_at_the_start():
+def test_trap_4_6_a_tie_teaches_nothing_at_the_start():
     """A label of one half is no win for the first picture, and pictures with equal scores are not compared."""
     policy = picture_policy()
     tie = [pictured("a cat", "good", "bad", label=0.5)]
@@ -207,7 +216,7 @@ def test_trap_6_a_tie_teaches_nothing_at_the_start():
             assert not grad.any()
 
 
-def test_trap_8_a_caption_is_left_out_for_the_pair_and_the_reference_alike():
+def test_trap_4_8_a_caption_is_left_out_for_the_pair_and_the_reference_alike():
     policy = picture_policy(dropout=0.5)
     nothing, left_out = policy.encodings.caption_of(""), 0
     _, micro = scored_rows(policy, named("diffusion_dpo"), pairs(24))

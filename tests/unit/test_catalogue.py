@@ -318,6 +318,29 @@ def test_what_a_docstring_says():
     assert doc_parts("First line.\n\nProse, and\nmore of it. Limits: one.") == ([], "Prose, and more of it.", {"Limits": "one."})
 
 
+@pytest.mark.parametrize("words, said", [
+    (["diffusion_dpo"], ["for model=sd15 at 512 pixels D is 16,384", "algo.beta: 5000/D is 0.3052"]),
+    (["diffusion_dpo", "model=sdxl"], ["for model=sdxl at 1024 pixels D is 65,536", "algo.beta: 5000/D is 0.07629"]),
+    (["model=sdxl", "flow_rwr", "model.resolution=512"], ["for model=sdxl at 512 pixels D is 16,384", "algo.scale: 2/D is 0.0001221"]),
+    (["algo=dpo", "model=tiny-flow"], ["for model=tiny-flow at 32 pixels D is 512"]),
+    (["model=sdxl"], ["model.latent: [4, 8]"]),
+], ids=lambda value: "-".join(value) if "D is" not in "".join(value) else "")
+def test_show_says_what_a_setting_per_latent_dim_is(words, said):
+    text = listing.show_command(words)
+    assert all(line in text for line in said)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["dpo", "model=tiny-lm"], "model=tiny-lm makes no pictures"), (["sdxl", "model=sdxl"], "sdxl is no algorithm"),
+    (["dpo", "model=sdx"], "there is no config named model=sdx; did you mean 'sdxl'"), (["dpo", "ipo"], "takes one name"),
+    ([], "takes one name"),
+    (["dpo", "model.resolution=big"], "model.resolution=big: it must be a whole number"), (["dpo", "model.path=x"], "not model.path"),
+], ids=lambda value: "-".join(value) or "nothing" if isinstance(value, list) else "")
+def test_show_refuses(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        listing.show_command(words)
+
+
 def test_show_finds_all_groups_and_suggests():
     text = listing.show_text("bandit")
     assert "model=bandit\n" in text and "data=bandit\n" in text
@@ -366,7 +389,7 @@ def test_list_filters():
         assert set(_slugs(listing.list_command([f"--needs={word}"]))) == wanted
         assert set(_slugs(listing.list_command(["--needs", f"no-{word}", "algo"]))) == set(infos) - wanted
     any_model = set(_slugs(listing.list_command(["algo", "--modality", "diffusion"])))
-    assert {"dpo", "simpo", "kto", "lipo"} <= any_model and not {"sft", "orpo", "ld_dpo", "grpo"} & any_model
+    assert {"dpo", "simpo", "kto", "lipo", "sft"} <= any_model and not {"orpo", "ld_dpo", "grpo"} & any_model
     assert {"diffusion_dpo", "abc_diffusion"} <= any_model and "reward_bt" not in any_model
     assert all(info.token_level or info.proper_likelihood or info.scores_rewards or slug in any_model for slug, info in infos.items()
                if all(set(q) <= {"logp", "reward", "token_logp"} for q in info.quantities.values()) and not info.extra)

@@ -46,6 +46,8 @@ def complete(line: str, point: int | None = None) -> list[str]:
     ("prefopt data check tracker", []),
     ("prefopt show smollm2_", ["smollm2_real-pairs"]),
     ("prefopt show dpo d", []),
+    ("prefopt export somewhere style=k", ["style=kohya"]),
+    ("prefopt show dpo model=tiny-f", ["model=tiny-flow"]),
     ("prefopt list al", ["algo"]),
     ("prefopt list algo --view u", ["unary"]),
     ("prefopt list algo --needs no-r", ["no-reference"]),

@@ -13,6 +13,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.contact_sheet import SIDE, write_sheet
 from prefopt.evaluation.data_check import check_text, names
 from prefopt.report.picture_grid import MARGIN, sheet
+from tests import tiny_pipelines as pipelines
 from tests.unit.test_sources import from_yaml
 
 DPO = {"name": "dpo", "_target_": "prefopt.objectives.pairwise.DPO"}
@@ -27,10 +28,10 @@ def save(folder, name, seed=None, height=32, width=32, colour=None, mode="RGB"):
 
 @pytest.fixture
 def check(tmp_path):
-    def run(rows, sheet="sheet.png", resolution=16, **settings):
+    def run(rows, sheet="sheet.png", resolution=16, path=None, **settings):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = from_yaml("pictures", path=str(tmp_path / "rows.jsonl"), **{"eval_fraction": 0.0, **settings})
-        model = ModelConfig(name="a-model", kind="diffusion", resolution=resolution)
+        model = ModelConfig(name="a-model", kind="diffusion", path=path, resolution=resolution)
         return check_text(DataCheckConfig(algo=dict(DPO), model=model, data=data, sheet=sheet))
 
     return run
@@ -81,6 +82,20 @@ def test_the_sheet_shows_what_a_model_sees(tmp_path, check):
     colours = {colour: count for count, colour in sheet.getcolors(1 << 20)}
     assert colours[200, 0, 0] > 0.95 * SIDE * SIDE and colours[0, 200, 0] == SIDE * SIDE and (0, 0, 255) not in colours
     assert (0, 0, 0) in colours and sheet.width == 2 * (2 * (SIDE + MARGIN) + MARGIN)
+
+
+def test_captions_that_no_text_encoder_reads_to_their_end_are_counted_without_weights(tmp_path, check):
+    pipeline = pipelines.save("sd15", tmp_path / "sd15")
+    for weights in pipeline.rglob("*.safetensors"):
+        weights.unlink()
+    save(tmp_path, "a.png", 0), save(tmp_path, "b.png", 1)
+    sides = {"chosen": "a.png", "rejected": "b.png"}
+    rows = [{"prompt": "red " * 14, **sides}, {"prompt": "blue " * 15, **sides}, {"prompt": "blue " * 15, **sides},
+            {"prompt": "red", **sides, "rejected": {"image": "b.png", "caption": "green " * 20}}]  # fmt: skip
+    text = check(rows, path=str(pipeline))
+    assert "2 of 4 captions are longer than the 16 tokens that model=a-model reads, such as 'blue blue" in text
+    assert "0 of 2 captions are longer" in check([rows[0], {"prompt": "red", **sides}], path=str(pipeline))
+    assert "captions too long for the text encoders of model=a-model are not counted: model.path is not set" in check(rows)
 
 
 def test_rankings_and_long_captions_have_room():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,12 @@ from prefopt.data.latents import Encodings
 from prefopt.data.pictures import Framing
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.unary import KTO
-from prefopt.policies.noise import Draws, address
+from prefopt.policies.noise import HEAD, Draws, address
 from prefopt.policies.process import Process
 from prefopt.policies.reference import AdapterOff, FrozenCopy, make_reference
 from prefopt.training.engine import Engine, quantities
 from tests import toy_denoising as toy
-from tests.tiny_pipelines import save
+from tests.tiny_pipelines import pipeline, save, unet
 from tests.toy_runs import fresh_accelerator, gradients
 
 D = 4 * 8 * 8
@@ -51,7 +52,7 @@ def engine_of(policy, accelerator, objective=None, reference=None) -> Engine:
 # ---- scores ---------------------------------------------------------------------------------------------
 
 
-def test_a_score_is_half_the_squared_error_of_the_network(folders, family):
+def test_trap_4_1_a_score_is_half_the_squared_error_of_the_network(folders, family):
     """Against arithmetic on what the network says, for one picture and two draws."""
     policy = toy.policy(folders[family], {"draws": 2}, family=family)
     (row,) = toy.rows(policy, 1)
@@ -71,7 +72,22 @@ def test_a_score_is_half_the_squared_error_of_the_network(folders, family):
         assert float(made["error"][2 + k]) == pytest.approx(float(error.mean()), rel=1e-5)
 
 
-def test_batched_scores_are_those_of_one_picture_at_a_time(folders, family):
+def test_trap_4_13_a_score_has_the_weight_of_its_time(folders, family):
+    """That of the draw, which makes up for times that are drawn more often, and that of the process."""
+    policy = toy.policy(folders[family], {"draws": 4, "timesteps": "importance", "weighting": "min_snr", "gamma": 2.0}, family=family)
+    (row,) = toy.rows(policy, 1)
+    with torch.no_grad():
+        made = policy(toy.micro(policy, [row]))
+    group, *numbers = row.tokens.branches[0].ids[2:]
+    weights = []
+    for number in numbers:
+        u, own = policy.draws.time(group, number)
+        weights.append(own * float(policy.process.weight(policy.process.times(torch.tensor([u])), "min_snr", 2.0)))
+    assert max(weights) > 1.1 * min(weights)
+    torch.testing.assert_close(made["token_logp"], -0.5 * D / 4 * torch.tensor(weights * 2) * made["error"], rtol=1e-5, atol=0)
+
+
+def test_trap_4_16_batched_scores_are_those_of_one_picture_at_a_time(folders, family):
     policy = toy.policy(folders[family], {"draws": 3}, family=family).eval()
     rows = toy.rows(policy, 5)
     with torch.no_grad():
@@ -81,7 +97,7 @@ def test_batched_scores_are_those_of_one_picture_at_a_time(folders, family):
 
 
 @pytest.mark.parametrize("objective", [DPO(beta=100 / D), KTO(beta=100 / D)], ids=["local", "coupled"])
-def test_gradient_does_not_depend_on_the_split(folders, objective):
+def test_traps_4_3_and_4_21_gradient_does_not_depend_on_the_split(folders, objective):
     """Micro-batches of one row, and two ranks of which each holds half: the sum of their gradients is that of one."""
     found = []
     for budget, world in ((10**6, 1), (1, 1), (10**6, 2)):
@@ -123,6 +139,40 @@ def test_trap_4_4_equal_weights_give_a_logit_of_zero(folders, family, lora):
         assert isinstance(reference, AdapterOff if lora else FrozenCopy)
         found = logits(policy, reference, toy.rows(policy, 6)).abs().max().detach()
         assert float(found) <= bound, precision
+
+
+def test_trap_4_4_errors_are_reduced_in_fp32(folders, family):
+    """Of what bf16 rounds, a score sees the prediction alone."""
+    policy = toy.policy(folders[family], {"draws": 2}, precision="bf16", family=family)
+    micro = toy.micro(policy, toy.rows(policy, 3))
+    with torch.no_grad():
+        made, sites = policy(micro), micro.made
+        prediction = policy.predict(sites.x_t, sites.t, sites.captions, None)
+        policy.precision = "fp32"
+        assert not torch.allclose(prediction, policy.predict(sites.x_t, sites.t, sites.captions, None), rtol=1e-4, atol=1e-6)
+    squared = (prediction.double() - sites.target.double()).square().flatten(1)
+    assert made["token_logp"].dtype == made["error"].dtype == torch.float32
+    torch.testing.assert_close(made["token_logp"].double(), -0.5 * squared.sum(1) / 2, rtol=2e-6, atol=0)
+    torch.testing.assert_close(made["error"].double(), squared.mean(1), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(("settings", "noisy"), [({}, False), ({"dropout": 0.3}, True), ({"lora": LORA}, False),
+                                                 ({"lora": LORA | {"dropout": 0.5}}, True), ({"lora": LORA, "dropout": 0.3}, True)])
+def test_trap_4_32_training_has_no_dropout_unless_it_is_asked_for_and_a_reference_never(folders, tmp_path, settings, noisy):
+    """Not even that of a network which was published with some. Samples are drawn without it as well."""
+    model = shutil.copytree(folders["sd15"], tmp_path / "model")
+    with torch.random.fork_rng(devices=[]):
+        unet(dropout=0.5).save_pretrained(model / "unet")
+    policy = toy.policy(model, **settings)
+    reference = make_reference(policy, "initial")
+    moved(policy, 0.1)
+    policy.encoders = lambda: type("Decoder", (), {"decode": staticmethod(lambda latents: [None] * len(latents))})()
+    micro, prompts = toy.micro(policy, toy.rows(policy, 2)), [[policy.encodings.caption_of("a")]]
+    with torch.no_grad():
+        assert torch.equal(policy(micro)["token_logp"], policy(micro)["token_logp"]) != noisy
+        assert torch.equal(reference(micro)["token_logp"], reference(micro)["token_logp"])
+    drawn = [policy.encodings.latent(policy.generate(prompts, SamplerConfig(steps=2), 5)[0].branch.ids[0])[0] for _ in range(2)]
+    assert torch.equal(*drawn) and policy.training
 
 
 def test_trap_4_5_swapping_winner_and_loser_flips_the_logit_exactly(folders, family):
@@ -177,6 +227,19 @@ def test_trap_4_23_checkpointing_does_not_change_the_gradient(folders):
         torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=1e-6)
 
 
+def test_trap_4_23_an_adapter_is_on_again_after_an_error(folders):
+    policy = toy.policy(folders["sd15"], lora=LORA)
+    moved(policy, 0.1)
+    micro, trainable = toy.micro(policy, toy.rows(policy, 2)), list(policy.trainable())
+    own = policy(micro)["token_logp"]
+    with pytest.raises(ZeroDivisionError), policy.without_adapter():
+        with policy.without_adapter():
+            pass
+        assert not torch.equal(policy(micro)["token_logp"], own), "still off: what began it has not ended"
+        raise ZeroDivisionError
+    assert torch.equal(policy(micro)["token_logp"], own) and list(policy.trainable()) == trainable
+
+
 def test_a_frozen_copy_looks_into_the_same_book(folders):
     policy = toy.policy(folders["sd15"])
     reference = FrozenCopy(policy)
@@ -201,7 +264,34 @@ def test_the_reference_is_scored_at_the_sites_of_the_policy(folders):
 # ---- pictures and videos --------------------------------------------------------------------------------
 
 
-def test_a_mirrored_draw_shows_all_pictures_of_the_row_in_the_mirror(folders):
+def test_trap_4_11_every_picture_is_told_with_its_own_sizes(folders):
+    """At each of its draws, unrounded whatever the precision."""
+    policy = toy.policy(folders["sd15"], {"draws": 2}, precision="bf16")
+    rows, told, seen = toy.rows(policy, 2), [], []
+    for number, branch in enumerate(branch for row in rows for branch in row.tokens.branches):
+        sizes, picture = [1001.0 + number, 1365.0, 3.0, 5.0 + number, 16.0, 16.0], branch.ids[0]
+        policy.encodings.add_latent(picture, policy.encodings.latent(picture)[0], sizes=torch.tensor(sizes))
+        told += [sizes, sizes]
+    predict = policy.denoiser.predict
+    policy.denoiser.predict = lambda x, t, cond, sizes: (seen.append(sizes), predict(x, t, cond, sizes))[1]
+    policy(toy.micro(policy, rows))
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == told
+
+
+def test_trap_4_31_a_pass_shows_every_row_once_and_each_pass_has_new_draws(folders):
+    """Whichever order steps are made in, as where they are made ahead."""
+    policy = toy.policy(folders["sd15"], {"draws": 2})
+    source = toy.source(policy, toy.rows(policy, 5))
+    source.batch_size = 2
+    seen = {}
+    for step in (5, 0, 3, 1, 4, 2):
+        seen[step] = [(ids[1], *ids[1 + HEAD :]) for micro in source.step(step) for ids in micro.input_ids.tolist()]
+    pictures = {branch.ids[0] for row in source.rows for branch in row.tokens.branches}
+    for steps, numbers in (((0, 1, 2), (0, 1)), ((3, 4, 5), (2, 3))):
+        assert sorted(one for step in steps for one in seen[step]) == sorted((picture, *numbers) for picture in pictures)
+
+
+def test_trap_4_7_a_mirrored_draw_shows_all_pictures_of_the_row_in_the_mirror(folders):
     policy = toy.policy(folders["sd15"], {"draws": 8})
     (row,) = toy.rows(policy, 1)
     pictures, group = [b.ids[0] for b in row.tokens.branches], row.tokens.branches[0].ids[2]
@@ -216,7 +306,7 @@ def test_a_mirrored_draw_shows_all_pictures_of_the_row_in_the_mirror(folders):
     assert same == [not f for f in flipped] * 2
 
 
-def test_dropped_captions_are_the_unconditional_one(folders):
+def test_trap_4_10_dropped_captions_are_the_unconditional_one(folders):
     policy = toy.policy(folders["sd15"], {"dropout": 0.5, "draws": 16})
     (row,) = toy.rows(policy, 1)
     sites, (_, caption, group, *numbers) = policy.sites(toy.micro(policy, [row])), row.tokens.branches[0].ids
@@ -277,6 +367,24 @@ def test_samples_do_not_depend_on_their_batch(folders, family):
     assert not torch.equal(whole[0], whole[2]), "the second picture of a caption starts elsewhere"
     assert not torch.allclose(whole[0], drawn(4, guidance=1.0)[0])
     assert policy.training
+
+
+def test_trap_4_34_a_sample_is_the_pipelines_under_its_guidance(folders, family):
+    """From the same noise along the same times."""
+    policy, pipe, prompt = toy.policy(folders[family], family=family).eval(), pipeline(folders[family]), "a red circle on the left"
+    for text in ("", prompt):
+        policy.encodings.add_caption(text, policy.encoders().captions([text])[0])
+    start, settings = torch.randn(1, *toy.SHAPE, generator=torch.Generator().manual_seed(1)), {"num_inference_steps": 4}
+    if family == "sd3":
+        settings = {"sigmas": [1, 0.75, 0.5, 0.25]}
+    else:
+        ends = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **ends)
+    for guidance in (1.0, 2.5):
+        with torch.no_grad():
+            drawn = policy._denoise(start, [[policy.encodings.caption_of(prompt)]], SamplerConfig(steps=4, guidance=guidance))
+        wanted = pipe(prompt, height=16, width=16, latents=start, guidance_scale=guidance, output_type="latent", **settings).images
+        torch.testing.assert_close(drawn, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_pictures_of_different_shapes_are_scored_as_they_are_alone(folders):

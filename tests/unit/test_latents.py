@@ -118,6 +118,14 @@ def test_own_captions_are_encoded_too(tmp_path, fake):
     assert made.caption_of("a fox") != made.caption_of("a wolf")
 
 
+def test_trap_4_20_captions_are_told_apart_as_they_are_written(tmp_path, fake):
+    """By capitals, by blanks, and by what no text encoder reads any more."""
+    long = "a fox " * 100
+    captions = ["A fox", "a fox", "a fox ", long + "at home", long + "away"]
+    made = run([pair(tmp_path / "a", i, caption) for i, caption in enumerate(captions)], fake)
+    assert len({made.caption_of(caption) for caption in ["", *captions]}) == 6 and sorted(fake.texts) == sorted(["", *captions])
+
+
 def test_what_is_stored_needs_no_encoder(tmp_path, fake):
     examples = [pair(tmp_path / "a", i) for i in range(4)]
     first = run(examples, fake)
@@ -179,8 +187,8 @@ def test_half_precision_halves_the_room_and_says_when_it_overflows(tmp_path, fak
 # ---- rows ----------------------------------------------------------------------------------------------
 
 
-def test_all_images_of_a_row_share_bucket_and_flip(tmp_path, fake):
-    """Trap 4.7: a square and a wide image of one pair come to one size; the same image in another row may come to another."""
+def test_trap_4_7_all_images_of_a_row_share_bucket_and_flip(tmp_path, fake):
+    """A square and a wide image of one pair come to one size; the same image in another row may come to another."""
     square, wide = save(tmp_path, "s.png", 0, height=64, width=64), save(tmp_path, "w.png", 1, height=64, width=192)
     other = save(tmp_path, "o.png", 2, height=64, width=192)
     rows = [parse_row({"prompt": "p", "chosen": a, "rejected": b}, COLUMNS) for a, b in ((square, wide), (wide, other))]
@@ -240,7 +248,7 @@ def test_identical_images_in_cells_are_found_when_they_are_read(tmp_path, fake):
         run([example], fake).images_of(example)
 
 
-def test_nan_names_the_row(tmp_path, fake, monkeypatch):
+def test_trap_4_12_nan_names_the_row(tmp_path, fake, monkeypatch):
     examples = [pair(tmp_path / "a", i) for i in range(3)]
     monkeypatch.setattr(FakeEncoders, "latents", lambda self, x: (x / (torch.arange(len(x)) != 2)[:, None, None, None], x * 0))
     with pytest.raises(UserError, match=r"rows.jsonl row 2: the VAE makes NaN or infinity of .*1a.png; is the image damaged, or the VAE"):

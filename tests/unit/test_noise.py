@@ -109,8 +109,8 @@ def test_held_out_draws_are_the_same_in_every_run():
     assert one.numbers(held_out=True) == [HELD_OUT, HELD_OUT + 1, HELD_OUT + 2, HELD_OUT + 3]
 
 
-def test_captions_are_dropped_at_their_rate_and_for_the_whole_row():
-    """Trap 4.8: the draw knows nothing of the picture, so all of a row lose their caption together."""
+def test_trap_4_8_captions_are_dropped_at_their_rate_and_for_the_whole_row():
+    """The draw knows nothing of the picture, so all of a row lose their caption together."""
     one = draws(dropout=0.2)
     found = [one.dropped(group, 0) for group in range(MANY)]
     assert sum(found) / MANY == pytest.approx(0.2, abs=0.025)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from prefopt.cli import main
+from prefopt.config.schema import DataConfig, LoraConfig, ReferenceConfig
+from prefopt.policies.denoisers import open_denoiser
+from prefopt.policies.lora_export import matrices
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.engine import Engine
 from prefopt.training.moving import WeightAverage
+from prefopt.training.reference import identity_of
 from tests import toy_denoising as toy
 from tests.tiny_pipelines import save
 from tests.toy_runs import train
@@ -37,6 +47,19 @@ def run(folder, tmp_path):
     return go
 
 
+def killed_before(step: int):
+    """In place of `Engine.step`: the process dies where it would make optimiser step `step` (from 1)."""
+    real, calls = Engine.step, []
+
+    def stepping(self, *args):
+        calls.append(1)
+        if len(calls) == step:
+            raise SystemError("killed")
+        return real(self, *args)
+
+    return stepping
+
+
 def rows(folder: Path, split: str = "train") -> list[dict]:
     return [r for r in read_jsonl(folder / "metrics.jsonl") if r["split"] == split]
 
@@ -45,19 +68,11 @@ def rows(folder: Path, split: str = "train") -> list[dict]:
     ["algo=diffusion_dpo", "train.ema=0.9", "noise.draws=2"],
     ["algo=ddim_inpo", "noise.inversion_steps=3", *LORA_WORDS, "train.ema=0.9"],
 ], ids=["full", "lora-inverted"])
-def test_a_killed_run_goes_on_to_the_same_bits(words, run, tmp_path, monkeypatch):
+def test_trap_4_24_a_killed_run_goes_on_to_the_same_bits(words, run, tmp_path, monkeypatch):
     """Weights, moments, their average, and what was logged; the rows go round more than once, so draws of later visits are in it."""
     assert run("whole", *words) == 0
-    real, calls = Engine.step, []
-
-    def stepping(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise SystemError("killed")
-        return real(self, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", stepping)
+        patch.setattr(Engine, "step", killed_before(4))
         with pytest.raises(SystemError):
             run("run", *words)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1].name == "step-000003"
@@ -68,6 +83,26 @@ def test_a_killed_run_goes_on_to_the_same_bits(words, run, tmp_path, monkeypatch
     assert own.keys() == average.keys() and not all(torch.equal(own[name], average[name]) for name in own)
     assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "run")]
     assert rows(tmp_path / "whole", "eval")[-1]["loss"] == rows(tmp_path / "run", "eval")[-1]["loss"]
+
+
+@pytest.mark.parametrize("what", ["weights", "adapter"])
+def test_trap_4_25_a_run_does_not_go_on_against_another_reference(what, folder, tmp_path, monkeypatch, capsys):
+    """What it began with is read anew when it goes on, and may have been written over since."""
+    model, adapter = shutil.copytree(folder, tmp_path / "model"), tmp_path / "adapter"
+    toy.policy(folder, lora=LORA).save(adapter)
+    words = [f"model.path={model}", *COMMON, "algo=diffusion_dpo", *LORA_WORDS, f"model.lora.adapter={adapter}", "train.steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", killed_before(2))
+        with pytest.raises(SystemError):
+            train(tmp_path / "run", *words)
+    (file,) = (adapter.glob("*.safetensors") if what == "adapter" else (model / "unet").glob("*.safetensors"))
+    kept = file.read_bytes()
+    save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert train(tmp_path / "run", *words) == 2
+    said = capsys.readouterr().err
+    assert "began with other weights than those that are now at" in said and (str(adapter) in said) == (what == "adapter")
+    file.write_bytes(kept)
+    assert train(tmp_path / "run", *words) == 0
 
 
 def test_the_average_is_what_is_saved_and_judged(run, tmp_path):
@@ -97,6 +132,15 @@ def test_stored_scores_are_live_ones_and_a_second_run_computes_none(run, tmp_pat
     for live, stored in zip(rows(tmp_path / "live"), rows(tmp_path / "first"), strict=True):
         assert stored["loss"] == pytest.approx(live["loss"], abs=1e-5)
         assert stored["reward/margin"] == pytest.approx(live["reward/margin"], abs=1e-4)
+
+
+def test_scores_of_mirrored_pictures_are_stored_apart(folder):
+    """Under data.flip half of a pool's draws show the mirror image, under the same address."""
+    policy, found = toy.policy(folder, {"pool": 2}), []
+    for flip in (False, False, True):
+        data = DataConfig(name="mine", source="files", flip=flip)
+        found.append(identity_of(SimpleNamespace(model=policy.cfg, reference=ReferenceConfig(), data=data), policy))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("words", [[], LORA_WORDS], ids=["full", "lora"])
@@ -155,3 +199,84 @@ def test_an_average_follows_faster_at_first(folder):
     for one in (average, again):
         one.refresh(5)
     assert all(torch.equal(average.weights[n], again.weights[n]) for n in average.weights)
+
+
+@pytest.mark.parametrize("words", [
+    ["algo=sft"], ["algo=mpo", "algo.parts=[{algo: sft, weight: 1.0}, {algo: dpo, weight: 0.0}]"],
+], ids=["alone", "part"])
+def test_plain_fine_tuning_is_the_mean_score_of_the_pictures(words, run, tmp_path):
+    """Not of their draws, of which there are several: each of these is 1/m of its picture's score."""
+    assert run("sft", *words, "noise.draws=3", "optim.lr=1e-2") == 0
+    logged = rows(tmp_path / "sft")
+    key = "logp/demonstrations" if "logp/demonstrations" in logged[0] else "logp/chosen"
+    assert [r["loss"] for r in logged] == pytest.approx([-r[key] for r in logged], rel=1e-5)
+    (before, *_, after) = rows(tmp_path / "sft", "eval")
+    assert after["logp/chosen"] > before["logp/chosen"]
+
+
+def test_of_a_ranking_what_is_trained_on_is_encoded(run, tmp_path, capsys):
+    """The best and the worst of each of twelve rows of five; the four held-out rows are judged whole."""
+    words = ["algo=diffusion_dpo", "data.completions=5", "evaluation.kl=false"]
+    seen = {}
+    for name, extra in (("pairs", []), ("all", ["data.pairs=all"])):
+        capsys.readouterr()
+        assert run(name, *words, *extra) == 0
+        seen[name] = int(re.search(r"images: (\d+) ", capsys.readouterr().err)[1])
+    assert seen == {"pairs": 12 * 2 + 4 * 5, "all": 16 * 5}
+    assert main(["eval", f"run={tmp_path / 'pairs'}"]) == 0
+    assert "kendall_tau" in (tmp_path / "pairs" / "eval.json").read_text()
+
+
+def test_the_lora_of_a_run_is_exported(run, folder, tmp_path, capsys):
+    """What is written changes the network as the run's own adapter does, in each program's keys."""
+    assert run("lora", "algo=diffusion_dpo", "optim.lr=1e-2", *LORA_WORDS) == 0
+
+    def change(adapter: Path) -> dict[str, torch.Tensor]:
+        network = open_denoiser(folder, lora=LoraConfig(enabled=True, adapter=str(adapter))).network
+        return {name: up @ down for name, (down, up) in matrices(network).items()}
+
+    ours = change(tmp_path / "lora" / "model")
+    assert max(float(matrix.abs().max()) for matrix in ours.values()) > 1e-3
+    for style, key in (("diffusers", "unet.down_"), ("kohya", "lora_unet_down_"), ("comfyui", "lora_unet_down_")):
+        file = tmp_path / f"{style}.safetensors"
+        assert main(["export", str(tmp_path / "lora"), f"style={style}", f"output={file}"]) == 0
+        assert any(name.startswith(key) for name in load_file(file))
+        theirs = change(file)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.allclose(theirs[name], ours[name], atol=1e-6) for name in ours)
+    capsys.readouterr()
+    for words, said in (
+        (["style=kohya", f"output={file}"], "exists already"), (["style=koyha", "output=x.safetensors"], "did you mean 'kohya'?"),
+        (["style=kohya", "output=x.bin"], "is no safetensors file"), (["style=kohya"], "prefopt export needs output=..."),
+        (["stile=kohya"], "did you mean 'style'?"), ([str(folder), "style=kohya", "output=x.safetensors"], "takes one run, not 2"),
+    ):
+        assert main(["export", str(tmp_path / "lora"), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_run_without_lora_is_not_exported(run, tmp_path, capsys):
+    assert run("full", "algo=diffusion_dpo", "train.steps=1") == 0
+    assert train(tmp_path / "text", "algo=dpo", "model=bandit", "data=bandit", "train.steps=1") == 0
+    capsys.readouterr()
+    for name, said in (("full", "was trained without a LoRA adapter"), ("text", "is no diffusion model")):
+        assert main(["export", str(tmp_path / name), "style=kohya", f"output={tmp_path / 'x.safetensors'}"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_kto_with_buckets_mismatches_pictures_of_one_shape(run, tmp_path, capsys):
+    """Rows of a shape take pictures of one another. A shape that one row has goes without, which is said."""
+    sizes = [(32, 32)] * 4 + [(48, 24)] * 4 + [(24, 48)]
+    generator, table = np.random.default_rng(0), []
+    for number, (width, height) in enumerate(sizes):
+        for side in "ab":
+            Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{number}{side}.png")
+        table.append({"prompt": f"caption {number}", "chosen": f"{number}a.png", "rejected": f"{number}b.png"})
+    for name, lines in (("train", table), ("held", table[:2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["data=pictures", f"data.path={tmp_path}", "data.train=train.jsonl", "data.eval=held.jsonl", "data.buckets=8",
+             "model.resolution=16", "evaluation.kl=false"]
+    assert run("kto", "algo=kto", *words) == 0
+    assert "data: 1 train rows without mismatched reply" in capsys.readouterr().err
+    logged = rows(tmp_path / "kto")
+    assert all(r["kl_estimate"] >= 0 for r in logged) and logged[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+    assert len({r["kl_estimate"] for r in logged}) > 1

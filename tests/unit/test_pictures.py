@@ -222,8 +222,8 @@ def test_buckets_have_about_the_models_area(resolution, step):
         assert (width, height) in found
 
 
-def test_one_frame_for_all_images_of_a_row():
-    """Trap 4.7. Property: whatever the shapes, a row has one frame; of equal shapes it is the bucket nearest to them."""
+def test_trap_4_7_one_frame_for_all_images_of_a_row():
+    """Property: whatever the shapes, a row has one frame; of equal shapes it is the bucket nearest to them."""
     rng = random.Random(0)
     framing = Framing(512, 64)
     for _ in range(50):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +35,6 @@ from prefopt.rewards import scorers
 from prefopt.rewards.scorers import BLIP_L, CLIP_H, CLIP_MEAN, CLIP_STD, SCORERS, cropped, padded
 from prefopt.rewards.true_reward import make_rewards
 from tests.toy import tokenizer
-from tests.unit.test_compose import refusal
 
 CPU = torch.device("cpu")
 SIZE = 16  # pixels of the tiny models
@@ -328,7 +326,7 @@ def test_aesthetic_heads_come_in_several_files(form, tmp_path, opened):
 
 
 @pytest.mark.parametrize("kind", sorted(FOLDERS))
-def test_a_score_does_not_depend_on_what_else_is_judged(kind, opened, monkeypatch):
+def test_trap_4_27_a_score_does_not_depend_on_what_else_is_judged(kind, opened, monkeypatch):
     rows = [example(c, p) for c, p in zip(CAPTIONS * 2, pictures(10), strict=True)]
     scorer = opened.scorers[kind]
     scores = scorer(rows)
@@ -427,16 +425,6 @@ def test_the_config_opens_them(kind, opened):
     assert reward.source["path"] == str(opened.folders[kind]) and len(reward.source["fingerprint"]) == 64
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    (("reward=clip",), "reward=clip judges pictures, and data=tiny-feedback holds texts"),
-    (("data=tiny-pictures", "model=tiny-diffusion", "reward=flr"), "reward=followup judges texts, and data=tiny-pictures holds pictures"),
-    (("data=tiny-pictures", "model=tiny-diffusion", "reward=hpsv2"), "reward.path has no value, and reward=hpsv2 needs one"),
-    (("data=tiny-pictures", "model=tiny-diffusion", "reward=brisque", "reward.path=x"), "reward.path=x is read with reward=model only"),
-])  # fmt: skip
-def test_rewards_that_do_not_fit_the_data_are_refused_at_composition(overrides, said):
-    assert said in refusal(*overrides)
-
-
 def test_pairs_of_pictures_are_labelled_by_a_scorer(opened, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
@@ -458,46 +446,3 @@ def test_pairs_of_pictures_are_labelled_by_a_scorer(opened, tmp_path, monkeypatc
         assert row["chosen"] == {**best, "image": f"in/{best['image']}"}
     read = load_data(DataConfig(name="mine", source="files", path="out.jsonl", pictures=True, eval_fraction=0.0))[0].examples
     assert [Path(c.picture["path"]).is_file() for e in read for c in e.completions] == [True] * 6
-
-
-def test_the_known_reward_of_a_world_of_pictures():
-    from prefopt.data import tiny_pictures
-
-    rewards = make_rewards(RewardConfig(), DataConfig(name="tiny-pictures", source="tiny_pictures"))
-    caption = tiny_pictures.captions("eval")[0]
-    plain = Image.new("RGB", (tiny_pictures.SIZE, tiny_pictures.SIZE), "white")
-    drawn = pictures()[0].resize(plain.size)
-    assert list(rewards) == ["true_reward"]
-    wanted = [tiny_pictures.true_reward(caption, image) for image in (plain, drawn)]
-    assert rewards["true_reward"]([example(caption, plain), example(caption, drawn)]) == wanted
-
-
-class Package:
-    """What the package brisque does: a number from features, some of which are arrays of one number."""
-
-    def __init__(self, url):
-        assert url is False
-
-    def scale_features(self, features):
-        return [float(f) for f in features]
-
-    def score(self, image):
-        mean = float(image.mean())
-        return math.nan if image.std() == 0 else sum(self.scale_features([np.array([mean]), 1.0]))
-
-
-def test_brisque_is_turned_round_and_kept_in_its_range(monkeypatch):
-    monkeypatch.setitem(sys.modules, "brisque", SimpleNamespace(BRISQUE=Package))
-    reward = make_rewards(RewardConfig("brisque"), DataConfig(name="mine", source="files"))["reward"]
-    dark = np.zeros((4, 4, 3), np.uint8)
-    dark[0, 0] = 48  # a mean of 3
-    bright = np.full((4, 4, 3), 200, np.uint8)
-    bright[0, 0] = 0
-    shown = [Image.fromarray(x) for x in (dark, bright)] + [Image.new("RGB", (4, 4), "red").convert("L").convert("RGB")]
-    assert reward([example("any", image) for image in shown]) == [-4.0, -100.0, -100.0]
-
-
-def test_brisque_names_its_package_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "brisque", None)
-    with pytest.raises(UserError, match=r"pip install 'prefopt\[brisque\]'"):
-        make_rewards(RewardConfig("brisque"), DataConfig(name="mine", source="files"))
