@@ -407,6 +407,7 @@ class DataCheckConfig:
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)
     example: int = 0
     sheet: Optional[str] = "contact-sheet.png"

@@ -237,3 +237,13 @@ def test_prompts_to_sample_from_are_enough_for_an_online_run(folder, tmp_path, m
     assert "max_completion_tokens" not in text
     with pytest.raises(UserError, match="this is a prompt row, and the objective needs pairs"):
         checked("offline")
+
+
+def test_every_group_that_an_algorithm_may_choose_is_part_of_the_command():
+    """Else `prefopt data check algo=NAME` is refused for a group that its user never named."""
+    from prefopt.config.catalogue import groups, load_yaml
+
+    chosen = {word.split("@")[0].removeprefix("override /") for name in groups()["algo"]
+              for part in load_yaml("algo", name).get("defaults", []) if isinstance(part, dict) for word in part}
+    there = {name for part in load_yaml("", "data_check")["defaults"] if isinstance(part, dict) for name in part}
+    assert chosen >= {"noise", "adapter", "source"} and chosen <= there
