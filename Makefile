@@ -11,7 +11,7 @@ test:                 ## make .venv with the test extras, run every test
 	@scripts/setup.sh test
 	.venv/bin/python -c "from prefopt.policies.tiny_lm import ensure_tiny_lm; ensure_tiny_lm()"
 	$(PYTEST) -n 2 --dist worksteal tests/unit tests/objectives tests/e2e tests/gpu
-	$(PYTEST) tests/distributed
+	$(PYTEST) -n 2 --dist loadfile tests/distributed
 
 unit e2e distributed: ## one tier of the tests
 	$(PYTEST) -n 2 tests/$@

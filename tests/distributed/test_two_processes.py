@@ -52,16 +52,18 @@ def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
     assert first == second == pytest.approx(beta, rel=1e-8)
 
 
-@pytest.mark.parametrize("algo", ["dpo", "kto", "grpo"])
+@pytest.mark.parametrize("algo", ["dpo", "grpo"])
 def test_a_run_on_two_processes_ends_where_one_process_ends(algo, tmp_path, tiny_lm):
     common = ["-m", "prefopt.cli", "train", f"algo={algo}", "debug=fast", "evaluation.prompts=8"]
     if algo == "grpo":  # two rounds of two steps, sampled in chunks that the processes share
         common += ["source.prompts=4", "source.samples=4", "source.epochs=2", "sampler.batch_size=8", "sampler.max_new_tokens=24"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for hardware, folder in (("cpu", "one"), ("2xcpu", "two")):
-        done = subprocess.run([sys.executable, *common, f"hardware={hardware}", f"hydra.run.dir={tmp_path / folder}"], env=env, timeout=240,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    runs = [subprocess.Popen([sys.executable, *common, f"hardware={hardware}", f"hydra.run.dir={tmp_path / folder}"], env=env,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for hardware, folder in (("cpu", "one"), ("2xcpu", "two"))]  # beside each other: most of the time they start
+    for run in runs:
+        said = run.communicate(timeout=240)[1]
+        assert run.returncode == 0, said[-2000:]
     one, two = (load_file(checkpoint.steps(tmp_path / f / "checkpoints")[-1] / "weights.safetensors") for f in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=2e-5)

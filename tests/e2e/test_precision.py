@@ -63,7 +63,8 @@ def test_traps_10_and_12_policy_and_reference_agree_exactly_before_the_first_ste
     """Live, to the bit. Stored scores were made among other rows, so they are rounded differently."""
     for store, rounding in (("off", 0.0), ("on", {"fp32": 1e-6, "bf16": 5e-3}[precision])):
         run = tmp_path / store
-        assert train(run, f"hardware.precision={precision}", f"model={model}", "evaluation.prompts=4", f"reference.store={store}") == 0
+        assert train(run, f"hardware.precision={precision}", f"model={model}", "evaluation.prompts=4", "sampler.max_new_tokens=8",
+                     f"reference.store={store}") == 0
         start = next(r for r in read_jsonl(run / "metrics.jsonl") if r["split"] == "eval")
         assert start["step"] == 0 and start["loss"] == pytest.approx(0.693147, abs=1e-6 + rounding)
         assert abs(start["reward/margin"]) <= rounding and (rounding or start["accuracy"] == 0.5) and start["kl"] == 0

@@ -232,7 +232,7 @@ def test_kl_to_a_policy_that_is_loaded_for_each_evaluation(tmp_path, monkeypatch
     monkeypatch.setattr(Reloaded, "__call__", asked)
     lazy, kept = tmp_path / "lazy", tmp_path / "kept"
     assert train(lazy, "optim.lr=1e-3") == 0
-    assert sum(loads) == 5 and held[-1].model is None  # five evaluations, and nothing left behind
+    assert sum(loads) == 3 and held[-1].model is None  # three evaluations, and nothing left behind
     assert train(kept, "optim.lr=1e-3", "reference.store=off") == 0
     kl = [[r["kl"] for r in read_jsonl(run / "metrics.jsonl") if r["split"] == "eval"] for run in (lazy, kept)]
     assert kl[0] == pytest.approx(kl[1], abs=1e-4) and kl[0][0] == pytest.approx(0, abs=1e-5) and abs(kl[0][-1]) > 1e-3

@@ -39,7 +39,7 @@ def same(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("slug", [slug for slug in groups()["algo"] if "llm" in modalities(algo_info(slug))])
 def test_every_algorithm_trains_on_the_tiny_world(slug, tmp_path):
     run = tmp_path / slug
-    assert train(run, f"algo={slug}", "train.eval_every=4") == 0  # at the start and at the end
+    assert train(run, f"algo={slug}", "train.eval_every=4", "sampler.max_new_tokens=8") == 0  # at the start and at the end
     rows = read_jsonl(run / "metrics.jsonl")
     trained = [r for r in rows if r["split"] == "train"]
     assert [r["step"] for r in trained] == [1, 2, 3, 4]
