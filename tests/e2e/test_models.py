@@ -160,8 +160,8 @@ def logged(run, key):
 def test_a_multirun_over_two_objectives_and_two_seeds_is_compared(tmp_path, capsys):
     """`prefopt train -m` and then `prefopt compare` on its folder, as a user would."""
     sweep = tmp_path / "sweep"
-    assert main(["train", "-m", "algo=dpo,ipo", "seed=0,1", "model=bandit", "data=bandit", "hardware=cpu", "hardware.threads=1", "train.steps=2",
-                 f"hydra.sweep.dir={sweep}"]) == 0
+    assert main(["train", "-m", "algo=dpo,ipo", "seed=0,1", "model=bandit", "data=bandit", "hardware=cpu",
+                 "hardware.threads=1", "train.steps=2", f"hydra.sweep.dir={sweep}"]) == 0
     jobs = json.loads((sweep / "sweep.json").read_text())
     assert len(jobs) == 4 and {j["state"] for j in jobs} == {"finished"}
     assert len(list(sweep.glob("*/report.html"))) == 4
