@@ -52,7 +52,7 @@ def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
     assert first == second == pytest.approx(beta, rel=1e-8)
 
 
-@pytest.mark.parametrize("algo", ["dpo", "grpo"])
+@pytest.mark.parametrize("algo", ["dpo", "kto", "grpo"])
 def test_a_run_on_two_processes_ends_where_one_process_ends(algo, tmp_path, tiny_lm):
     common = ["-m", "prefopt.cli", "train", f"algo={algo}", "debug=fast", "evaluation.prompts=8"]
     if algo == "grpo":  # two rounds of two steps, sampled in chunks that the processes share
