@@ -45,6 +45,7 @@ class ModelConfig:
     resolution: Optional[int] = None
     latent: Optional[list[int]] = None  # channels, pixels per latent
     guidance: float = 1.0
+    max_sequence_length: Optional[int] = None
     channels_last: bool = False
     user_width: Optional[int] = None
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -309,6 +310,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("model.learning_rate", "x > 0", "above 0"),
     ("model.micro_batch_tokens", "x >= 1", "at least 1"),
     ("model.guidance", "x >= 0", "0 or more"),
+    ("model.max_sequence_length", "x is None or x >= 1", "at least 1 token, or null"),
     ("model.resolution", "x is None or x >= 8", "at least 8 pixels, or null"),
     ("model.user_width", "x is None or x >= 0", "at least 1, or null"),
     ("model.latent", "x is None or (len(x) == 2 and all(n >= 1 for n in x))", "[channels, pixels per latent], or null"),

@@ -6,7 +6,6 @@ that it is made of. Norms and activation functions are left out, as is customary
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,8 +95,7 @@ def meta_denoiser(folder: PipelineFolder, resolution: int, like: nn.Module | Non
 def caption_shapes(denoiser: Denoiser) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor that a caption is encoded to, by name, as the pipeline encodes it."""
     folder, config, pipeline = denoiser.folder, denoiser.network.config, denoiser.folder.pipeline
-    signature = inspect.signature(denoiser.pipeline.__call__).parameters
-    longest = signature["max_sequence_length"].default if "max_sequence_length" in signature else 0
+    longest = folder.max_sequence_length or 0
     if pipeline.startswith(("PixArt", "Sana")):
         return {"prompt_embeds": (longest, config["caption_channels"]), "mask": (longest,)}
     if pipeline == "FluxPipeline":

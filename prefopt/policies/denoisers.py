@@ -309,7 +309,7 @@ FAMILIES: dict[str, type[Denoiser]] = {
 }
 
 
-def open_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+def open_denoiser(folder: str | Path | PipelineFolder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                   lora: LoraConfig | None = None, seed: int = 0, gradient_checkpointing: bool = False, channels_last: bool = False,
                   compile: bool = False, resolution: int | None = None, dropout: float = 0.0, user_width: int | None = None) -> Denoiser:
     """The network of a pipeline folder, in training mode, and nothing else of it. With `lora` (enabled) the weights are frozen in `dtype`,

@@ -1,7 +1,8 @@
 """VAE and text encoders of a pipeline folder: pictures to latents and back, captions to what the network reads. Loaded when first asked.
 
-Captions go through the pipeline's own `encode_prompt`, with the settings its `__call__` has by default, so that the network is trained on
-what it is asked with. The VAE computes in fp32 whatever the precision of the run: SDXL's gives NaN in fp16.
+Captions go through the pipeline's own `encode_prompt`, with the settings its `__call__` has by default (model.max_sequence_length may say
+otherwise), so that the network is trained on what it is asked with. The VAE computes in fp32 whatever the precision of the run: SDXL's
+gives NaN in fp16.
 """
 
 from __future__ import annotations
@@ -144,8 +145,10 @@ class Encoders:
     def _encode(self, texts: list[str], blank: bool) -> list[dict[str, Tensor]]:
         """What the pipeline makes of texts; with `blank` of leaving them out (FLUX has nothing of its own for it, and encodes "")."""
         takes = inspect.signature(self.pipeline.encode_prompt).parameters
-        settings = {name: self.defaults[name] for name in ("max_sequence_length", "clean_caption", "complex_human_instruction")
+        settings = {name: self.defaults[name] for name in ("clean_caption", "complex_human_instruction")
                     if name in takes and name in self.defaults}
+        if (longest := self.folder.max_sequence_length) is not None:
+            settings["max_sequence_length"] = longest
         settings |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
         negative = blank and "do_classifier_free_guidance" in takes
         if "do_classifier_free_guidance" in takes:
@@ -175,9 +178,8 @@ class Encoders:
     def limit(self) -> int:
         """Tokens that the farthest reading text encoder takes, its special ones included."""
         clip = self.folder.pipeline == "StableDiffusion3Pipeline" and self._reader != "tokenizer_3"  # its T5 is left out
-        if "max_sequence_length" in self.defaults and not clip:
-            return int(self.defaults["max_sequence_length"])
-        return int(self._tokenizer.model_max_length)
+        longest = self.folder.max_sequence_length
+        return int(self._tokenizer.model_max_length) if longest is None or clip else longest
 
     def too_long(self, texts: list[str]) -> list[int]:
         """Places of the texts whose end no text encoder reads."""
@@ -205,10 +207,10 @@ class Encoders:
         texts = sorted(part for part in self.folder.parts if part.startswith(("text_encoder", "tokenizer")))
         cleaned = bool(self.defaults.get("clean_caption")) and all(importlib.util.find_spec(name) for name in ("bs4", "ftfy"))
         zeros = self.folder.index.get("force_zeros_for_empty_prompt", True) if self.folder.pipeline.endswith("XLPipeline") else ""
-        settings = [self.folder.pipeline, self.defaults.get("max_sequence_length"), self.dtype, "cleaned" if cleaned else "as is", zeros]
+        settings = [self.folder.pipeline, self.folder.max_sequence_length, self.dtype, "cleaned" if cleaned else "as is", zeros]
         return {"vae": self.folder.fingerprint("vae"), "text": " ".join(map(str, [*settings, self.folder.fingerprint(*texts)]))}
 
 
-def open_encoders(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Encoders:
+def open_encoders(folder: str | Path | PipelineFolder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Encoders:
     """The encoders of a pipeline folder, checked and not yet loaded. `dtype` is that of the text encoders."""
     return Encoders(open_folder(folder), dtype, torch.device(device))

@@ -25,10 +25,10 @@ WANTED = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetenso
 def load_diffusion(cfg: ModelConfig, device: torch.device, precision: str, seed: int, noise: NoiseConfig) -> DiffusionPolicy:
     """The policy of `cfg`, without the pictures and captions that it is to score (`DiffusionPolicy.encode`). Raises `UserError`."""
     located = locate_pipeline(cfg)
-    folder = open_folder(located.folder)
+    folder = open_folder(located.folder, cfg.max_sequence_length)
     print(f"model: {located.where}", file=sys.stderr)
     frozen = torch.bfloat16 if precision == "bf16" and cfg.frozen else torch.float32
-    denoiser = open_denoiser(located.folder, frozen, device, cfg.lora if cfg.lora.enabled else None, seed, cfg.gradient_checkpointing,
+    denoiser = open_denoiser(folder, frozen, device, cfg.lora if cfg.lora.enabled else None, seed, cfg.gradient_checkpointing,
                              cfg.channels_last, cfg.compile, cfg.resolution, cfg.dropout, cfg.user_width)
     if cfg.start:
         denoiser.restore(cfg.start)
@@ -44,7 +44,7 @@ def load_diffusion(cfg: ModelConfig, device: torch.device, precision: str, seed:
 
     @cache
     def encoders() -> Encoders:
-        return open_encoders(located.folder, torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32, device)
+        return open_encoders(folder, torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32, device)
 
     return DiffusionPolicy(cfg, noise, denoiser, encoders, device, precision, seed, source)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ class PipelineFolder:
     path: Path
     pipeline: str  # class of diffusers
     index: dict[str, Any]
+    asked: int | None = None  # model.max_sequence_length
+
+    @cached_property
+    def max_sequence_length(self) -> int | None:
+        """Tokens that the text encoder behind CLIP, or the one in its place, reads of a caption; None of pipelines that have CLIP alone."""
+        import diffusers
+
+        takes = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
+        if "max_sequence_length" in takes:
+            return self.asked or int(takes["max_sequence_length"].default)
+        if self.asked:
+            raise UserError(f"model.max_sequence_length={self.asked}: a {self.pipeline} has no such setting, and its text encoders read as "
+                            "much as they were made for; leave it out")
+        return None
 
     @cached_property
     def parts(self) -> dict[str, tuple[str, str]]:
@@ -99,8 +114,10 @@ class PipelineFolder:
         return h.hexdigest()
 
 
-def open_folder(folder: str | Path) -> PipelineFolder:
-    """Reads model_index.json and looks whether everything is there. UserError naming what is missing."""
+def open_folder(folder: str | Path | PipelineFolder, max_sequence_length: int | None = None) -> PipelineFolder:
+    """Reads model_index.json and looks whether everything is there. UserError naming what is missing. What is open stays as it is."""
+    if isinstance(folder, PipelineFolder):
+        return folder
     path = Path(folder).expanduser()
     if not (path / "model_index.json").is_file():
         raise UserError(f"{path} holds no model_index.json; it is not a folder that a pipeline of diffusers was saved to (save_pretrained)")
@@ -108,7 +125,7 @@ def open_folder(folder: str | Path) -> PipelineFolder:
     name = index.get("_class_name", "")
     if name not in NEEDED:
         raise UserError(f"{path} is a {name or 'pipeline without a name'}, which prefopt does not know; it trains {', '.join(NEEDED)}")
-    found = PipelineFolder(path, name, index)
+    found = PipelineFolder(path, name, index, max_sequence_length)
     wanted = NEEDED[name].split()
     for part in dict.fromkeys([*wanted, *(p for p in found.parts if p.startswith(("text_encoder", "tokenizer")))]):
         if part not in found.parts or not (path / part).is_dir():

@@ -46,12 +46,12 @@ UNET = {
     "attention_head_dim": 4,  # the number of heads: diffusers keeps the name that it had by mistake
     "norm_num_groups": 16,
 }
-MMDIT = {"patch_size": 2, "num_layers": 4, "attention_head_dim": 32, "num_attention_heads": 4, "pos_embed_max_size": 8}
+MMDIT = {"patch_size": 1, "num_layers": 3, "attention_head_dim": 32, "num_attention_heads": 3, "pos_embed_max_size": 8}
 NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.01}
 TRAINING = {
-    "epsilon": {"steps": 1800, "batch_size": 32, "lr": 1e-3, "warmup_steps": 50, "dropout": 0.1, "most_weight": 25.0},
-    "v": {"steps": 1500, "batch_size": 32, "lr": 1e-3, "warmup_steps": 50, "dropout": 0.1},
-    "flow": {"steps": 1800, "batch_size": 32, "lr": 1e-3, "warmup_steps": 50, "dropout": 0.1},
+    "epsilon": {"steps": 1300, "batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "dropout": 0.1, "most_weight": 25.0},
+    "v": {"steps": 1300, "batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "dropout": 0.1},
+    "flow": {"steps": 1600, "batch_size": 32, "lr": 3e-3, "warmup_steps": 50, "dropout": 0.1, "shift": 3.0, "many_from": 1200},
 }
 _ZEROS = 256  # how many embeddings of its T5 diffusers puts behind a caption
 
@@ -231,15 +231,17 @@ def _flow_pipeline(kind, vae, tokenizer, text_encoder, data, said, progress) -> 
         caption_projection_dim=MMDIT["attention_head_dim"] * MMDIT["num_attention_heads"],
         **MMDIT,
     ).train()
-    batch = _noisy_batches(kind, data)
+    start_straight(transformer)
+    batch, shift = _noisy_batches(kind, data), TRAINING[kind]["shift"]
     zero = torch.zeros_like(encoded[:, :1])
 
     def loss(step: int) -> Tensor:
         x0, caption, eps, share = batch()
+        share = shift * share / (1 + (shift - 1) * share)  # more of the noisy end, where captions are learnt
         t = share[:, None, None, None]
         words = torch.cat([encoded[caption], zero[caption]], 1)
-        # One zero and many by turns: see the module's first lines.
-        transformer.set_attn_processor(_ManyZeros() if step % 2 else JointAttnProcessor2_0())
+        many = step >= TRAINING[kind]["many_from"] and step % 2  # one zero and many by turns: see the module's first lines
+        transformer.set_attn_processor(_ManyZeros() if many else JointAttnProcessor2_0())
         predicted = transformer((1 - t) * x0 + t * eps, words, pooled[caption], t.flatten() * 1000, return_dict=False)[0]
         return (predicted - (eps - x0)).square().mean()
 

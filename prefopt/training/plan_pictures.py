@@ -151,7 +151,7 @@ def folder_of(model: ModelConfig) -> PipelineFolder:
         raise UserError(f"{path} holds no model_index.json that can be read; it is not a folder of a diffusers pipeline") from error
     if (name := index.get("_class_name", "")) not in NEEDED:
         raise UserError(f"{path} is a {name or 'pipeline without a name'}, which prefopt does not know; it trains {', '.join(NEEDED)}")
-    return PipelineFolder(path, name, index)
+    return PipelineFolder(path, name, index, model.max_sequence_length)
 
 
 def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:

@@ -6,6 +6,8 @@ moment on rows without label noise, and every held-out prompt is answered once b
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
@@ -34,22 +36,33 @@ METHODS = {
 }
 
 
-def judged(slug: str, steps: int, *words: str) -> tuple[np.ndarray, np.ndarray]:
-    """True rewards [PROMPTS] of the samples before and after training."""
+def prepared(slug: str, steps: int, *words: str):
+    """A run before its first step, and its config. Samples alone are judged."""
     AcceleratorState._reset_state(True)
     algo = "mpo" if "algo=mpo" in words else slug
     cfg = composed(f"algo={algo}", *(w for w in words if w != "algo=mpo"), *SMALL, f"train.steps={steps}", f"data.limit={steps * ROWS}")
     cfg = typed(cfg, "train", algo)
     run = set_up(cfg, make_accelerator(cfg))
-    run.judge.held_out = None  # samples alone are judged
-    found = [run.judge.measure(0).replies["true_reward"]]
+    run.judge.held_out = None
+    return run, cfg
+
+
+@cache
+def before() -> np.ndarray:
+    """True rewards [PROMPTS] of the samples of the model that every method starts from."""
+    return prepared("dpo", 1)[0].judge.measure(0).replies["true_reward"]
+
+
+def after(slug: str, steps: int, *words: str) -> np.ndarray:
+    """True rewards [PROMPTS] of the samples after training, to the same prompts."""
+    run, cfg = prepared(slug, steps, *words)
     for step in range(steps):
         assert not run.engine.step(run.source.step(step), learning_rate(step, steps, cfg.optim)).skipped
-    return found[0], run.judge.measure(steps).replies["true_reward"]
+    return run.judge.measure(steps).replies["true_reward"]
 
 
 @pytest.mark.parametrize("slug", METHODS)
 def test_the_true_reward_rises(slug):
-    before, after = judged(slug, *METHODS[slug])
-    gain = interval(after - before, False)
-    assert len(before) == PROMPTS and gain.low > 0, f"{gain.mean:.2f} [{gain.low:.2f}, {gain.high:.2f}]"
+    start, end = before(), after(slug, *METHODS[slug])
+    gain = interval(end - start, False)
+    assert len(start) == len(end) == PROMPTS and gain.low > 0, f"{gain.mean:.2f} [{gain.low:.2f}, {gain.high:.2f}]"

@@ -400,7 +400,7 @@ def test_the_degree_is_learnt(folder):
 
 
 @pytest.mark.parametrize("objective", [SparsePO(beta=1.0, **DROP), SparsePO(beta=1.0, mask="activations"), TreePO(beta=1.0)],
-                         ids=["sparsepo", "mapo", "tpo_tree"])
+                         ids=["sparsepo", "sparsepo_mapo", "tpo_tree"])
 def test_it_learns_what_is_preferred_in_the_bandit_world(objective):
     pairs = [(x, a, b) for x, rewards in enumerate(bandit.reward_table()) for a in range(bandit.REPLIES) for b in range(bandit.REPLIES)
              if rewards[a] > rewards[b]]

@@ -346,7 +346,7 @@ def test_states_of_a_path_are_spread_over_it_and_shared_by_its_draws(folder):
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
-    (["algo=mapo_diffusion", "noise=path"], "has none"),
+    (["algo=mapo", "noise=path"], "has none"),
     (["algo=abc_diffusion", "noise=inverted"], "several captions"),
     (["algo=ddim_inpo", "reference.store=on"], "while it trains"),
     (["algo=inversion_dpo", "algo.sign=2"], "sign"),

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prefopt.errors import UserError
 from prefopt.policies import denoiser_flops
 from prefopt.policies.denoiser_flops import DrawShape, caption_shapes, counted, meta_denoiser
 from prefopt.policies.encoders import open_encoders
@@ -73,9 +74,21 @@ def family(request, tmp_path_factory):
     return tiny_pipelines.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_captions_have_the_shapes_that_encoders_make(family):
-    real = {name: tuple(value.shape) for name, value in open_encoders(family).captions(["a red circle"])[0].items()}
-    assert caption_shapes(meta_denoiser(open_folder(family), 16)) == real
+@pytest.mark.parametrize("longest", [None, 7])
+def test_captions_have_the_shapes_that_encoders_make(family, longest):
+    folder = open_folder(family, longest)
+    if longest and folder.pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        with pytest.raises(UserError, match="model.max_sequence_length=7: a StableDiffusion(XL)?Pipeline has no such setting"):
+            open_encoders(folder).captions(["a red circle"])
+        return
+    encoders = open_encoders(folder)
+    real = {name: tuple(value.shape) for name, value in encoders.captions(["a red circle"])[0].items()}
+    assert caption_shapes(meta_denoiser(folder, 16)) == real
+    if longest:
+        usual = open_encoders(family)
+        assert encoders.limit in (7, usual.limit) and encoders.fingerprint["text"] != usual.fingerprint["text"]
+        clip = folder.config("text_encoder")["max_position_embeddings"] if folder.pipeline == "StableDiffusion3Pipeline" else 0
+        assert real["prompt_embeds"][0] == clip + 7
 
 
 def test_every_family_can_be_counted(family):
