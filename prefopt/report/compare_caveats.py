@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from prefopt.report import speed
@@ -160,11 +161,8 @@ def _settings(results: Results) -> list[str]:
 
 
 def _selection(results: Results) -> list[str]:
-    tried: dict[str, int] = {}
-    for method in results.methods:
-        algo = str(dig(method.runs[0].config, "algo.name"))
-        tried[algo] = tried.get(algo, 0) + 1
-    many = [f"{algo} ({count})" for algo, count in tried.items() if count > 1]
+    tried = Counter(tuple(str(dig(method.runs[0].config, key)) for key in ("algo.name", "model.name")) for method in results.methods)
+    many = [f"{algo} ({count})" for (algo, _), count in tried.items() if count > 1]
     if not many:
         return []
     return [f"Several settings of one algorithm: {', '.join(many)}. The best of several, picked on these prompts, looks better than it is."]

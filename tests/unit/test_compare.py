@@ -344,6 +344,13 @@ def test_alarms_and_small_numbers_of_seeds_are_caveats(pair):
     assert "for these runs" in verdict(measure(pair))
 
 
+def test_settings_tried_on_one_model_are_a_caveat(tmp_path):
+    other = {"model__name": "pythia", "manifest": {"model": {"fingerprint": "e" * 64}}}
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **other), make_run(tmp_path / "c", **other, optim__lr=1e-5)]
+    assert "Several settings" not in table(measure(runs[:2])), "one on each of two models"
+    assert "Several settings of one algorithm: dpo (2)." in table(measure(runs))
+
+
 def test_jobs_of_a_sweep_without_a_run_are_counted(pair, tmp_path):
     states = {"one": "finished", "two": "finished", "3": "failed", "4": "waiting"}
     jobs = [{"run_dir": f"x/{name}", "state": state} for name, state in states.items()]
