@@ -58,6 +58,16 @@ def test_captions_that_were_held_out_are_understood_too(pipeline):
     assert statistics.mean(own) > statistics.mean(others) + 0.2
 
 
+def test_captions_are_understood_behind_as_many_zeros_as_diffusers_puts_there(pipeline):
+    kind, pipe = pipeline
+    if kind != "flow":
+        pytest.skip("it has no T5")
+    texts = random.Random(3).sample(world.captions("train"), 24)
+    images = sampled(pipe, texts, max_sequence_length=256)
+    own, others = ([world.measures(t, i)["colour"] for t, i in zip(some, images, strict=True)] for some in (texts, texts[1:] + texts[:1]))
+    assert statistics.mean(own) > 0.5 and statistics.mean(own) > statistics.mean(others) + 0.2
+
+
 def test_the_folder_is_a_pipeline_of_its_kind(pipeline):
     kind, pipe = pipeline
     folder = tiny_diffusion.tiny_diffusion_path(kind)
