@@ -21,6 +21,7 @@ usage: prefopt <command> [overrides]
   sample run=FOLDER        let a trained policy answer       prefopt sample run=runs/... prompt="..."
   label [overrides]        rows relabelled by a reward model prefopt label reward.path=runs/rm data=... output=rows.jsonl
   compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
+  runs ls|show|verify|rm   the runs of a folder              prefopt runs ls
   store ls|verify|gc       log-probs kept on disk            prefopt store ls
   merge RUN... [options]   add up the weights of runs        prefopt merge runs/a runs/b weights=[0.5,0.5] output=runs/ab
   export RUN [options]     LoRA for other programs           prefopt export runs/a style=comfyui output=a.safetensors
@@ -35,7 +36,7 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "export", "list", "show", "data", "doctor",
+COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "runs", "store", "merge", "export", "list", "show", "data", "doctor",
             "completion")
 
 
@@ -67,6 +68,10 @@ def dispatch(argv: list[str]) -> Any:
         from prefopt.report.compare import main as compare
 
         compare(rest)
+    elif command == "runs":
+        from prefopt.evaluation.runs import main as runs
+
+        runs(rest)
     elif command == "store":
         from prefopt.evaluation.store import main as store
 

@@ -48,6 +48,16 @@ OTHERS = {
 example
   prefopt train -m algo=dpo,ipo,simpo,kto seed=0,1,2 hydra.sweep.dir=runs/four
   prefopt compare runs/four""",
+    "runs": """prefopt runs ls [FOLDER] | show RUN | verify FOLDER... | rm RUN... [--checkpoints]: what has been run
+
+  ls           the runs in FOLDER (by default runs) and below: state, step, last figure, size, when they last wrote; a run that was
+               going on and has been silent for ten minutes is called killed
+  show         command, state, last evaluation, checkpoints
+  verify       read all checkpoints and list damaged ones; exit code 1 if there are any
+  rm           remove a run's folder; --checkpoints leaves everything else, and the run can then not go on. A running one is refused
+
+example
+  prefopt runs ls runs/four""",
     "store": """prefopt store ls | verify | gc [--limit-gb X] [--all]: the reference store, log-probs that are computed once for all runs
 
   ls           whose log-probs are there: size, entries, when last used

@@ -13,8 +13,8 @@ from prefopt.config import catalogue
 from prefopt.config.schema import CHOICES, COMMANDS, all_keys, config_of, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "plan", "eval", "sample", "label", "compare", "store", "merge", "export", "list", "show", "data", "doctor", "completion",
-       "--help", "--version")
+TOP = ("train", "plan", "eval", "sample", "label", "compare", "runs", "store", "merge", "export", "list", "show", "data", "doctor",
+       "completion", "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
@@ -96,6 +96,9 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
         if key == "output" and equals:
             return [f"output={path}" for path in _paths(value)]
         return [*_paths(current, folders=True), *(f"style={style}" for style in ("diffusers", "kohya", "comfyui")), "output="]
+    if command == "runs":
+        actions = ["ls", "show", "verify", "rm"]
+        return actions if len(before) == 1 else [*_paths(current, folders=True), *(["--checkpoints"] if before[1:2] == ["rm"] else [])]
     if command == "store":
         return ["ls", "verify", "gc"] if len(before) == 1 else ["--limit-gb", "--all"] if before[1:2] == ["gc"] else []
     if command == "data" and len(before) == 1:

@@ -72,10 +72,10 @@ def listing(root: Path) -> str:
         last = time.strftime("%Y-%m-%d %H:%M", time.localtime(s.last)) if s.last else "never"
         model = s.model + (" with an adapter" if s.identity.get("adapter") else "")
         precision = str(s.identity.get("precision", ""))
-        rows.append((s.folder.name[:12], model, precision, f"{s.entries:,}", str(s.shards), _size(s.bytes), last))
+        rows.append((s.folder.name[:12], model, precision, f"{s.entries:,}", str(s.shards), in_bytes(s.bytes), last))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"{_size(sum(s.bytes for s in found))} in {root}"])
+    return "\n".join([*lines, "", f"{in_bytes(sum(s.bytes for s in found))} in {root}"])
 
 
 def collect(roots: Sequence[Path], limit: float | None, everything: bool) -> str:
@@ -89,10 +89,11 @@ def collect(roots: Sequence[Path], limit: float | None, everything: bool) -> str
     words = {"damaged": "damaged shards", "stale": "files of killed writers", "evicted": "shards not used for longest"}
     told = ", ".join(f"{len(gone[key])} {what}" for key, what in words.items())
     left = sum(s.bytes for root in roots for s in store.scorers(root))
-    return f"removed {told}; {_size(left)} left in {store_dir()}"
+    return f"removed {told}; {in_bytes(left)} left in {store_dir()}"
 
 
-def _size(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """1234567 as 1.2 MB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

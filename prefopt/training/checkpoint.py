@@ -1,4 +1,5 @@
-"""Checkpoints: safetensors and JSON, no pickle. Written under a temporary name, checked by sha256, then renamed.
+"""Checkpoints: safetensors and JSON, no pickle. Written under a temporary name, flushed to the disk, then renamed; checked by sha256 when
+they are read.
 
 A checkpoint holds the trainable weights, AdamW's moments, other weights that move (a reference, say), the step, totals, and the CPU random
 state. The data order needs no state: it follows from (seed, step).
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +42,11 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
                 save_file({n: t.detach().cpu().contiguous() for n, t in held.state().items()}, part / f"{name}.safetensors")
         files = {f.name: _sha256(f) for f in sorted(part.iterdir())}
         (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=2))
+        for path in (*part.iterdir(), part):
+            _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
+        _flush(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     for old in steps(folder)[:-keep]:
@@ -65,16 +70,41 @@ def steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
-def load(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Puts the newest checkpoint into the engine and returns its state. Raises `UserError` if it is damaged."""
-    path = steps(folder)[-1]
-    earlier = steps(folder)[:-1]
-    fix = f"remove {path} to go on from {earlier[-1].name}" if earlier else f"remove {folder.parent} to start anew"
+def problem(path: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty where they are as they were written."""
     try:
-        state, files = _read_state(path / "state.json")
-        for name, digest in files.items():
+        for name, digest in _read_state(path / "state.json")[1].items():
             if _sha256(path / name) != digest:
-                raise ValueError(f"{name} does not have the checksum it was written with")
+                return f"{name} does not have the checksum it was written with"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def load(folder: Path, engine: Engine) -> dict[str, Any]:
+    """Puts the newest checkpoint into the engine and returns its state. Of damaged ones it says what is wrong, and takes the one before;
+    `UserError` where there is none."""
+    *earlier, path = steps(folder)
+    while True:
+        try:
+            return _load(path, engine)
+        except Damaged as error:
+            if not earlier:
+                raise UserError(f"{error}, and there is none before it; remove {folder.parent} to start anew") from error
+            if engine.accelerator.is_main_process:
+                print(f"{error}; going on from {earlier[-1].name}", file=sys.stderr)
+            path = earlier.pop()
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written; the message names it."""
+
+
+def _load(path: Path, engine: Engine) -> dict[str, Any]:
+    try:
+        if wrong := problem(path):
+            raise ValueError(wrong)
+        state, _ = _read_state(path / "state.json")
         weights, moments = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
         parameters = engine.policy.trainable()
         if set(weights) != set(parameters):
@@ -93,10 +123,10 @@ def load(folder: Path, engine: Engine) -> dict[str, Any]:
             held.load(load_file(path / f"{name}.safetensors"))
         torch.set_rng_state(moments["rng"])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
+        raise Damaged(f"the checkpoint {path} is damaged ({error})") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
-            raise UserError(f"the checkpoint {path} is damaged ({error}); {fix}") from error
+            raise Damaged(f"the checkpoint {path} is damaged ({error})") from error
         raise
     return state
 
@@ -127,6 +157,15 @@ def _optimizer_tensors(engine: Engine) -> dict[str, torch.Tensor]:
 
 def _inner(engine: Engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _flush(path: Path) -> None:
+    """Has a file, or the names in a folder, written to the disk: no name is to survive a power cut that its content does not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from prefopt.cli import main
 from prefopt.data import tiny_feedback
-from prefopt.tracking.tracker import JsonlTracker
+from prefopt.tracking.tracker import JsonlTracker, read_jsonl
 from prefopt.training import checkpoint
 from tests.toy_runs import train
 
@@ -279,19 +279,34 @@ def flip(path: Path) -> None:
     ("state.json", lambda path: path.write_text("[]")),
     ("state.json", Path.unlink),
 ], ids=["flipped", "cut", "missing", "broken-state", "no-state", "missing-state"])
-def test_a_corrupt_checkpoint_is_named_and_left_alone(name, damage, finished, tmp_path, capsys):
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_is_taken(name, damage, finished, tmp_path, capsys):
     run = unfinished(finished, tmp_path / "run")
-    last = checkpoint.steps(run / "checkpoints")[-1]
+    *earlier, last = checkpoint.steps(run / "checkpoints")
     damage(last / name)
+    assert main(["eval", "run=run"]) == 0
+    wanted = rf"the checkpoint \S*{last.name} is damaged \((.+)\); going on from {earlier[-1].name}"
+    said = re.search(wanted, capsys.readouterr().err)
+    assert said and name in said[1]
+    assert last.is_dir() and (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert main(["train", *BANDIT, "hydra.run.dir=run"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(wanted, said) and f"resuming after step {int(earlier[-1].name[5:])} of" in said
+    theirs = checkpoint.steps(finished / "checkpoints")[-1]
+    assert all((last / f.name).read_bytes() == f.read_bytes() for f in theirs.glob("*.safetensors")), "it ends as if nothing had been"
+    for row in ("train", "eval"):
+        whole, mended = ([r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["split"] == row] for folder in (finished, run))
+        assert whole == mended, "no row is lost or doubled"
+
+
+def test_where_every_checkpoint_is_corrupt_nothing_is_touched(finished, tmp_path, capsys):
+    run = unfinished(finished, tmp_path / "run")
+    for folder in checkpoint.steps(run / "checkpoints"):
+        (folder / "weights.safetensors").write_bytes(b"")
     for words in (["train", *BANDIT, "hydra.run.dir=run"], ["eval", "run=run"]):
         capsys.readouterr()
         assert main(words) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(rf"the checkpoint \S*{last.name} is damaged \(.+\); remove \S*{last.name} to go on from step-", said), said
-        assert name in said
+        assert "and there is none before it; remove" in capsys.readouterr().err.splitlines()[-1]
         assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    shutil.rmtree(last)  # the fix that was named
-    assert main(["train", *BANDIT, "hydra.run.dir=run"]) == 0
 
 
 # ---- a full disk ----

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from prefopt.cli import main
-from prefopt.config.catalogue import algo_info, conf_dir, groups, load_yaml, modalities
+from prefopt.config.catalogue import algo_info, groups, load_yaml, modalities
 from prefopt.policies.reference import FrozenCopy
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
@@ -39,7 +39,7 @@ def same(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("slug", [slug for slug in groups()["algo"] if "llm" in modalities(algo_info(slug))])
 def test_every_algorithm_trains_on_the_tiny_world(slug, tmp_path):
     run = tmp_path / slug
-    written = any("/source" in entry for entry in map(str, load_yaml(conf_dir() / "algo" / f"{slug}.yaml").get("defaults", [])))
+    written = any("/source" in entry for entry in map(str, load_yaml("algo", slug).get("defaults", [])))
     short = [] if written else ["sampler.max_new_tokens=8"]  # to learn from replies they must be long enough to differ in reward
     assert train(run, f"algo={slug}", "train.eval_every=4", *short) == 0  # at the start and at the end
     rows = read_jsonl(run / "metrics.jsonl")
