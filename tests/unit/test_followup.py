@@ -16,6 +16,7 @@ from prefopt.config.compose import typed
 from prefopt.config.schema import TrustConfig
 from prefopt.data.records import Message
 from prefopt.errors import UserError
+from prefopt.paths import cache_dir
 from prefopt.rewards.followup import FollowupLikelihood, scorer_config
 from prefopt.rewards.followups import STATEMENTS
 from prefopt.tracking.tracker import read_jsonl
@@ -188,3 +189,14 @@ def test_where_it_does_not_fit():
     assert "reward=followup is for judging a policy's replies" in refusal("reward=flr", "algo=reward_bt")
     assert "prefopt label reward=flr needs one" in refusal("reward=flr", "output=x.jsonl", command="label")
     assert "is read with reward=model only (or reward=flr, " in refusal("reward.path=x")
+
+
+def test_a_small_instruct_model_tells_help_from_harm():
+    """The first five of the easy pairs; all 48 take minutes (docs/reward-models.md)."""
+    path = cache_dir() / "models" / "SmolLM2-135M-Instruct"
+    if not path.is_dir():
+        pytest.skip("SmolLM2-135M-Instruct is not on this machine")
+    judge = FollowupLikelihood(str(path), TrustConfig(), torch.device("cpu"), "fp32")
+    rows = read_jsonl(Path(__file__).parents[1] / "easy_pairs.jsonl")[:5]
+    scores = judge([example(prompt=row["prompt"], completion=row[side]) for row in rows for side in ("chosen", "rejected")])
+    assert sum(good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)) > 0.6 * len(rows)
