@@ -164,6 +164,9 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if path.is_file():  # not every network file system can do it for folders
+            raise
     finally:
         os.close(handle)
 
