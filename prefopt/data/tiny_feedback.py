@@ -16,6 +16,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from typing import Any
 from functools import cache, lru_cache
 
 from prefopt.errors import UserError, nearest
@@ -244,19 +245,15 @@ def rows(
     probability `label_noise`. `chosen_reward` and `rejected_reward` hold the true reward, without the judge's
     taste for length; `rationale` says why the chosen one is better; `chosen_hallucinated` and
     `rejected_hallucinated` are 1 where a reply `hallucinates`. With more than two `completions` a row is a
-    ranking: that many different replies and their `scores`, which are `true_reward + length_bias * words / 10`.
+    ranking: that many different replies and their `scores`, which are `true_reward + length_bias * words / 10`, given
+    out in the opposite order (the best reply gets the lowest) with probability `label_noise`.
     Raises UserError at the call, not at the first row.
     """
     _check_rows(split, count, seed)
     _check_number("data.label_noise", label_noise, 0.0, 0.5)
     _check_number("data.length_bias", length_bias, -10.0, 10.0)
     if completions > 2:
-        if label_noise:
-            raise UserError(
-                f"data.label_noise={label_noise} flips the labels of pairs, and with {completions} replies per "
-                "prompt (data.completions) the rows are rankings; set data.label_noise=0 or data.completions=2."
-            )
-        return (_ranking(split, seed, index, completions, length_bias) for index in range(count))
+        return (_ranking(split, seed, index, completions, label_noise, length_bias) for index in range(count))
     return (_pair(split, seed, index, label_noise, length_bias) for index in range(count))
 
 
@@ -319,7 +316,7 @@ def _pair(split: str, seed: int, index: int, label_noise: float, length_bias: fl
     }
 
 
-def _ranking(split: str, seed: int, index: int, count: int, length_bias: float) -> dict[str, object]:
+def _ranking(split: str, seed: int, index: int, count: int, label_noise: float, length_bias: float) -> dict[str, object]:
     rng = random.Random(f"tiny_feedback/ranking/{seed}/{split}/{index}")
     animal, place, style = _cell(split, seed, index)
     prompt, scores = _prompt(animal, place, style), {}
@@ -328,11 +325,19 @@ def _ranking(split: str, seed: int, index: int, count: int, length_bias: float) 
             scores.popitem()
         reply = _reply(animal, place, rng)
         scores[reply] = true_reward(prompt, reply) + length_bias * word_count(reply) / 10
+    if rng.random() < label_noise:
+        scores = reversed_scores(scores)
     return {
         "prompt": _message("user", prompt),
         "completions": [_message("assistant", reply) for reply in scores],
         "scores": list(scores.values()),
     }
+
+
+def reversed_scores(scores: dict[Any, float]) -> dict[Any, float]:
+    """The same scores on the same items in the opposite order of merit; of two items, that is a flipped label."""
+    order = sorted(scores, key=scores.get)
+    return dict(zip(scores, (scores[order[-1 - order.index(item)]] for item in scores), strict=True))
 
 
 def hallucinates(prompt: str, completion: str) -> bool:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prefopt.data.tiny_feedback import reversed_scores
 from prefopt.errors import UserError, nearest
 from prefopt.paths import cache_dir
 
@@ -376,19 +377,15 @@ def rows(split: str, count: int, seed: int = 0, label_noise: float = 0.0, comple
     """Preference pairs: the caption as `prompt`, `chosen` and `rejected` pictures as chat messages, and the two pictures' true rewards.
 
     The label is one draw from Bradley-Terry on `true_reward`, flipped with probability `label_noise`. With more than two `completions` a
-    row is a ranking: that many pictures and their `scores`, their true rewards. Raises UserError at the call, not at the first row.
+    row is a ranking: that many pictures and their `scores`, their true rewards, given out in the opposite order with that probability.
+    Raises UserError at the call, not at the first row.
     """
     _check_rows(split, count, seed)
     number = isinstance(label_noise, (int, float)) and not isinstance(label_noise, bool)
     if not number or not 0 <= label_noise <= 0.5:
         raise UserError(f"data.label_noise is {label_noise!r}; give a number from 0 to 0.5.")
     if completions > 2:
-        if label_noise:
-            raise UserError(
-                f"data.label_noise={label_noise} flips the labels of pairs, and with {completions} pictures per caption "
-                "(data.completions) the rows are rankings; set data.label_noise=0 or data.completions=2."
-            )
-        return (_ranking(split, seed, index, completions) for index in range(count))
+        return (_ranking(split, seed, index, completions, label_noise) for index in range(count))
     return (_pair(split, seed, index, label_noise) for index in range(count))
 
 
@@ -428,11 +425,14 @@ def _pair(split: str, seed: int, index: int, label_noise: float) -> dict[str, ob
     }
 
 
-def _ranking(split: str, seed: int, index: int, count: int) -> dict[str, object]:
+def _ranking(split: str, seed: int, index: int, count: int, label_noise: float) -> dict[str, object]:
     rng = random.Random(f"tiny_pictures/ranking/{seed}/{split}/{index}")
     text = _caption(split, seed, index)
     judged = [_judged(text, rng) for _ in range(count)]
-    return {"prompt": _prompt(text), "completions": [_shown(pixels) for pixels, _ in judged], "scores": [reward for _, reward in judged]}
+    scores = dict(enumerate(reward for _, reward in judged))  # by the picture's number
+    if rng.random() < label_noise:
+        scores = reversed_scores(scores)
+    return {"prompt": _prompt(text), "completions": [_shown(pixels) for pixels, _ in judged], "scores": list(scores.values())}
 
 
 def pretraining_pictures(count: int, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:

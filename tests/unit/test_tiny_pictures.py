@@ -205,6 +205,10 @@ def test_rows_of_more_pictures_are_rankings():
         assert len(row["completions"]) == len(row["scores"]) == 4 and len(set(map(path_of, row["completions"]))) == 4
         with Image.open(path_of(row["completions"][2])) as image:
             assert world.true_reward(text_of(row), image) == row["scores"][2]
+    clean, noisy = (list(world.rows("train", 30, completions=3, label_noise=noise)) for noise in (0.0, 0.5))
+    assert [row["completions"] for row in clean] == [row["completions"] for row in noisy]
+    turned = [b for a, b in zip(clean, noisy, strict=True) if a["scores"] != b["scores"]]
+    assert 5 < len(turned) < 25 and all(sorted(a["scores"]) == sorted(b["scores"]) for a, b in zip(clean, noisy, strict=True))
 
 
 def test_pictures_have_every_flaw_and_leave_much_to_gain():
@@ -234,7 +238,6 @@ def test_a_damaged_file_is_written_anew_and_others_are_left_alone(tmp_path):
         ({"split": "train", "count": 1, "seed": "x"}, "data.seed"),
         ({"split": "train", "count": 1, "label_noise": 0.6}, "data.label_noise"),
         ({"split": "train", "count": 1, "label_noise": math.nan}, "data.label_noise"),
-        ({"split": "train", "count": 1, "label_noise": 0.1, "completions": 3}, "data.completions"),
     ],
 )
 def test_wrong_arguments_are_refused_at_the_call_by_their_key(arguments, key):
