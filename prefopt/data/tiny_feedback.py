@@ -16,8 +16,8 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from typing import Any
 from functools import cache, lru_cache
+from typing import Any
 
 from prefopt.errors import UserError, nearest
 
