@@ -115,11 +115,29 @@ class DataConfig:
 
 
 @dataclass
+class SlurmConfig:
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    time: str = "24:00:00"
+    grace: int = 180
+    options: list[str] = field(default_factory=list)
+
+
+@dataclass
 class HardwareConfig:
     name: str = REQUIRED
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | mps
+    nodes: int = 1
     processes: int = 1
     precision: str = "fp32"  # fp32 | bf16
+    zero: int = 0  # 0 | 1 | 2 | 3
+    offload: str = "none"  # none | optimizer | all
+    deepspeed: Optional[str] = None
+    launcher: str = "local"  # local | ssh | slurm
+    hostfile: Optional[str] = None
+    rendezvous: Optional[str] = None
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    timeout: float = 1800.0
     threads: Optional[int] = None
     memory_gb: Optional[float] = None
     peak_tflops: Optional[float] = None
@@ -281,7 +299,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.render": ("auto", "chat", "text"),
     "data.on_long_prompt": ("stop", "keep_end"),
     "data.pairs": ("best_worst", "all"),
-    "hardware.device": ("auto", "cpu", "cuda"),
+    "hardware.device": ("auto", "cpu", "cuda", "mps"),
+    "hardware.offload": ("none", "optimizer", "all"),
+    "hardware.launcher": ("local", "ssh", "slurm"),
     "hardware.precision": ("fp32", "bf16"),
     "tracker.mode": ("online", "offline", "off"),
     "reward.kind": ("auto", "none", "model", "followup", *PICTURE_REWARDS),
@@ -329,7 +349,11 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.rejection_beta", "x >= 0", "0 or more"),
     ("source.epochs", "x >= 1", "at least 1"),
     ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
+    ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
+    ("hardware.zero", "0 <= x <= 3", "a ZeRO stage: 1, 2 or 3, or 0 for plain data parallelism"),
+    ("hardware.timeout", "x > 0", "above 0 seconds"),
+    ("hardware.slurm.grace", "x >= 0", "0 or more seconds"),
     ("hardware.threads", "x is None or x >= 1", "at least 1, or null"),
     ("hardware.memory_gb", "x is None or x > 0", "above 0, or null"),
     ("hardware.peak_tflops", "x is None or x > 0", "above 0, or null"),
