@@ -243,6 +243,7 @@ class LoopConfig:
     eval_every: Optional[int] = None
     save_every: Optional[int] = None
     keep_checkpoints: int = 2
+    keep_best: Optional[str] = None
     ema: Optional[float] = None
     max_skipped_steps: int = 5
     self_check: bool = True

@@ -80,6 +80,9 @@ def load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: to
             located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=attention,
             trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True, output_loading_info=True, **fourbit,
         )
+        for module in model.modules() if fourbit else ():
+            # On CPUs with bf16 instructions bitsandbytes packs weights at the first evaluation, in a form that has no gradient.
+            module.support_avx512bf16_for_cpu = False
         return plain(model) if located.gguf_file else model, set(report["missing_keys"])
     except Exception as error:
         raise _refusal("model", located, error) from error

@@ -33,16 +33,12 @@ def find_beta(engine: Engine, first: Sequence[MicroBatch], second: Sequence[Micr
     nothing, or cannot be made."""
     device = engine.accelerator.device
     second = [micro.to(device) for micro in second]  # once: what they are scored at must be the same before and after
-    weights = engine.policy.trainable()
-    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+    kept = engine.parallel.state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         before, weight = _margins(engine, second)
         result = engine.step(first, engine.cfg.lr)
         change = _margins(engine, second)[0] - before
-    with torch.no_grad():
-        for name, moved in weights.items():
-            moved.copy_(kept[name])
-    engine.optimizer.state.clear()
+    engine.parallel.load(kept)
     squares, total = engine.sum_over_ranks(torch.stack([(weight * change**2).sum(), weight.sum()])).tolist()
     spread = math.sqrt(squares / total) if total else 0.0
     if result.skipped or not 0 < spread < math.inf:

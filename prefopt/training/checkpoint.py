@@ -13,9 +13,12 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -23,25 +26,43 @@ from safetensors.torch import load_file, save_file
 
 from prefopt.errors import UserError
 from prefopt.training.engine import Engine
+from prefopt.training.parallel import TrainingState
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+@dataclass
+class Snapshot:
+    """A run at one step, in CPU memory, where later steps do not change it. `state`: totals, as JSON."""
+
+    training: TrainingState
+    beside: dict[str, dict[str, torch.Tensor]]
+    rng: torch.Tensor
+    state: dict[str, Any]
 
 
-def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path:
-    """Writes `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints."""
-    target = folder / f"step-{state['step']:06d}"
+def take(engine: Engine, state: dict[str, Any]) -> Snapshot | None:
+    """What a checkpoint holds, for the main process; None for the others. Every process calls it."""
+    main = engine.accelerator.is_main_process
+    training = engine.parallel.state(main)
+    if training is None:
+        return None
+    beside = {name: {n: t.detach().to("cpu", copy=True).contiguous() for n, t in held.state().items()} for name, held in engine.beside.items()}
+    return Snapshot(training, beside, torch.get_rng_state(), {**state, "updates": training.updates})
+
+
+def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Writes `folder/step-NNNNNN` and removes all but the newest `keep` checkpoints and the best one (`state["best"]`)."""
+    target = folder / f"step-{snapshot.state['step']:06d}"
     part = folder / f".{target.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        weights = {n: p.detach().cpu().contiguous() for n, p in engine.policy.trainable().items()}
         with naming(target):
-            save_file(weights, part / "weights.safetensors")
-            save_file(_optimizer_tensors(engine), part / "optimizer.safetensors")
-            for name, held in engine.beside.items():
-                save_file({n: t.detach().cpu().contiguous() for n, t in held.state().items()}, part / f"{name}.safetensors")
+            save_file(snapshot.training.weights, part / "weights.safetensors")
+            save_file({"rng": snapshot.rng, **snapshot.training.moments}, part / "optimizer.safetensors")
+            for name, tensors in snapshot.beside.items():
+                save_file(tensors, part / f"{name}.safetensors")
         files = {f.name: _sha256(f) for f in sorted(part.iterdir())}
-        (part / "state.json").write_text(json.dumps({**state, "files": files}, indent=2))
+        (part / "state.json").write_text(json.dumps({**snapshot.state, "files": files}, indent=2))
         for path in (*part.iterdir(), part):
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -49,9 +70,46 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], keep: int) -> Path
         _flush(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    best = (snapshot.state.get("best") or {}).get("step")
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != f"step-{best or 0:06d}":
+            shutil.rmtree(old)
     return target
+
+
+class Writer:
+    """Writes checkpoints while training goes on: one at a time, so that at most one copy of the training state waits in memory."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.thread: Thread | None = None
+        self.error: BaseException | None = None
+        self.written: dict[str, Any] | None = None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begins to write one. Call `wait` before."""
+        self.thread = Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> dict[str, Any] | None:
+        """Waits for the one that is being written: its `step`, `bytes` and `write_seconds`; None if there is none. Raises what went wrong."""
+        if self.thread is None:
+            return None
+        self.thread.join()
+        self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return self.written
+
+    def _write(self, snapshot: Snapshot) -> None:
+        began = time.monotonic()
+        try:
+            path = save(self.folder, snapshot, self.keep)
+            size = sum(file.stat().st_size for file in path.iterdir())
+            self.written = {"step": snapshot.state["step"], "bytes": size, "write_seconds": round(time.monotonic() - began, 4)}
+        except BaseException as error:  # raised again in the thread that waits
+            self.error = error
 
 
 @contextmanager
@@ -109,16 +167,7 @@ def _load(path: Path, engine: Engine) -> dict[str, Any]:
         parameters = engine.policy.trainable()
         if set(weights) != set(parameters):
             raise ValueError("it holds other weights than this model trains")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-        optimizer = _inner(engine)
-        for name, parameter in parameters.items():
-            if f"{name}.exp_avg" in moments:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state["updates"])),
-                    **{m: moments[f"{name}.{m}"].to(parameter.device).clone() for m in MOMENTS},
-                }
+        engine.parallel.load(TrainingState(weights, moments, state["updates"]))
         for name, held in engine.beside.items():
             held.load(load_file(path / f"{name}.safetensors"))
         torch.set_rng_state(moments["rng"])
@@ -138,25 +187,6 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return state, dict(state["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path.name} is not what was written: {error}") from error
-
-
-def updates(engine: Engine) -> int:
-    """How many optimiser updates have been made (skipped steps are none)."""
-    state = _inner(engine).state
-    return max((int(s["step"]) for s in state.values() if "step" in s), default=0)
-
-
-def _optimizer_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    state = _inner(engine).state
-    out = {"rng": torch.get_rng_state()}
-    for name, parameter in engine.policy.trainable().items():
-        for moment in MOMENTS if parameter in state else ():
-            out[f"{name}.{moment}"] = state[parameter][moment].detach().cpu().contiguous()
-    return out
-
-
-def _inner(engine: Engine) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _flush(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,7 @@ from prefopt.policies.reference import Provider
 from prefopt.policies.teacher import Teacher
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.metrics import Averages, batch_metrics
+from prefopt.training.parallel import Replicated
 from prefopt.training.throughput import Effort, StepKind, count, kind_of, peak_memory
 
 
@@ -62,16 +62,21 @@ class Engine:
     """Owns the policy, its optimiser and the processes. The gradient it steps along never depends on how a step is split."""
 
     def __init__(self, policy: nn.Module, objective: Objective, reference: Provider | None, cfg: OptimConfig, accelerator: Accelerator,
-                 moving_reference: bool = False, teacher: Teacher | None = None, seed: int = 0):
+                 moving_reference: bool = False, teacher: Teacher | None = None, seed: int = 0, deepspeed: dict[str, Any] | None = None):
         # What else has weights that change on the way, by name (`training/moving.py`); the checkpoints hold them.
         self.beside: dict[str, Any] = {"reference": reference} if moving_reference else {}
         self.teacher = teacher
         self.policy, self.objective, self.reference, self.cfg, self.accelerator = policy, objective, reference, cfg, accelerator
         give_module(policy, objective, seed)
-        self.parameters = list(policy.trainable().values())
         groups = parameter_groups(policy, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
-        self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        if deepspeed:
+            from prefopt.training.zero import Zero
+
+            self.parallel: Any = Zero(policy, optimizer, deepspeed, accelerator)
+        else:
+            self.parallel = Replicated(policy, optimizer, accelerator)
+        self.model, self.optimizer, self.parameters = self.parallel.model, self.parallel.optimizer, self.parallel.parameters
 
     @property
     def moving_reference(self) -> bool:
@@ -144,7 +149,7 @@ class Engine:
         averages, effort = Averages(), count(micros, self.kind)  # counted before anything runs: nothing waits for the device
         backward = self._backward_coupled if self.objective.coupling == "global" else self._backward_local
         loss = backward(micros, averages)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
+        norm = self.parallel.clip(self.cfg.max_grad_norm)
         # All that the host must know is read here, at once; it then prepares the next step while the device runs the update.
         memory = [0.0] * self.world
         memory[self.accelerator.process_index] = peak_memory(self.accelerator.device)
@@ -154,8 +159,8 @@ class Engine:
         norm, loss, *known = torch.cat([norm.reshape(1), sums]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            self.parallel.update()
+        self.parallel.clear()
         return StepResult(loss, norm, not finite, metrics, Effort(*known[: -self.world]), int(max(known[-self.world :])))
 
     def _backward_local(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
@@ -163,11 +168,11 @@ class Engine:
         totals = self.global_totals(micros)  # of micro-batches on the CPU, as all lengths are
         loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, micro in enumerate(micros):
-            with self._synced(last=i == len(micros) - 1):
+            with self.parallel.synced(last=i == len(micros) - 1):
                 batch = self.score(micro.to(self.accelerator.device))
                 terms = self.objective(batch)
                 share, shares = reduce_terms(batch, terms, totals)
-                self.accelerator.backward(share * self.world)  # data parallelism averages gradients over ranks
+                self.parallel.backward(share * self.world)  # data parallelism averages gradients over ranks
             batch_metrics(self.objective, batch, terms, shares, averages)
             loss += share.detach()
         return loss
@@ -195,7 +200,7 @@ class Engine:
             keep = micro.only(taught).to(self.accelerator.device)
             self._prepare(keep)
             kept_tokens = taught[micro.layout.token_edge]
-            with self._synced(last=i == len(micros) - 1):
+            with self.parallel.synced(last=i == len(micros) - 1):
                 live = quantities(self.model(keep, *self._asked(keep)[0]), keep.layout, self.policy.quantity)
                 replay = torch.zeros((), device=self.accelerator.device)
                 for q, g in upstream.items():
@@ -203,7 +208,7 @@ class Engine:
                         replay = replay + (live[q] * g[token : token + len(kept_tokens)][kept_tokens]).sum()
                     else:
                         replay = replay + (live[q] * g[edge : edge + len(taught)][taught]).sum()
-                self.accelerator.backward(replay * self.world)
+                self.parallel.backward(replay * self.world)
             edge, token = edge + len(taught), token + len(kept_tokens)
         # Every rank holds the whole loss; its share is what the sum over ranks expects.
         detached = {name: share.detach() / self.world for name, share in shares.items()}
@@ -223,10 +228,6 @@ class Engine:
             value = value.to(self.accelerator.device)
             dist.all_reduce(value)
         return value
-
-    def _synced(self, last: bool):
-        """Gradients are exchanged with the last micro-batch only."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
 
 
 def quantities(made: Tensor | dict[str, Tensor], layout: Batch, kind: str = "token_logp") -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from prefopt.config.schema import TrainConfig
-from prefopt.errors import RunFailed, UserError
+from prefopt.errors import RunFailed, UserError, nearest
 from prefopt.report.alarms import alarms
 from prefopt.report.run_report import write_report
 from prefopt.tracking.tracker import JsonlTracker, read_jsonl
@@ -76,6 +77,9 @@ class Log:
         self.speed = Speed(run.peak, run.engine.world, run.unit, self.counted)
         self.last: dict[str, Any] = {}
         self.warned: set[str] = set()  # alarms that were said while the run goes on
+        self.best: dict[str, Any] | None = None
+        self.waited = 0.0
+        self.writer = checkpoint.Writer(run.folder / "checkpoints", self.cfg.train.keep_checkpoints)
         if run.main:
             if not (run.folder / "manifest.json").exists():
                 write_atomic(run.folder / "manifest.json", json.dumps(manifest(run.cfg, run.about), indent=2, default=str))
@@ -95,6 +99,7 @@ class Log:
             step, self.before, self.tokens, self.skipped = state["step"], state["seconds"], state["tokens"], state["skipped"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
             self.speed.load(state["speed"])
+            self.best = state.get("best")
         if run.main:
             self.trackers = make_trackers(run, step)
             # Rows beyond the checkpoint will be made again; a fresh start leaves none.
@@ -147,13 +152,17 @@ class Log:
 
     def checkpoint_due(self, step: int) -> bool:
         if self.cfg.train.save_every:
-            return step % self.cfg.train.save_every == 0 or step == self.run.total_steps
+            due = step % self.cfg.train.save_every == 0 or step == self.run.total_steps
+            return due or bool(self.cfg.train.keep_best and self.evaluation_due(step))
         return self.evaluation_due(step)
 
     def evaluate(self, step: int) -> None:
         with self.run.moving.averaged():
             row, samples = self.run.judge(step)
         self.last = {"step": step, "seconds": self.seconds, "split": "eval", **row}
+        if (wanted := self.cfg.train.keep_best) and wanted.removeprefix("-") not in row:
+            raise UserError(f"train.keep_best={wanted} is no measure of this run's evaluations{nearest(wanted.removeprefix('-'), row)}; there "
+                            f"are {', '.join(sorted(row))}")
         if self.run.main:
             self.write(self.last)
             for sample in samples:
@@ -189,25 +198,44 @@ class Log:
             self.warned.add(alarm.name)
 
     def save(self, step: int) -> None:
-        if self.run.main and self.skipped_in_a_row == 0:
-            state = {
-                "step": step, "updates": checkpoint.updates(self.run.engine), "seconds": self.seconds, "tokens": self.tokens,
-                "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "threads": torch.get_num_threads(),
-                "speed": self.speed.state(),
-            }
-            checkpoint.save(self.run.folder / "checkpoints", self.run.engine, state, self.cfg.train.keep_checkpoints)
+        """Copies what a checkpoint holds; it is written while training goes on."""
+        if self.skipped_in_a_row == 0:
+            began = time.monotonic()
+            self.written()
+            snapshot = checkpoint.take(self.run.engine, {
+                "step": step, "seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row, "threads": torch.get_num_threads(), "speed": self.speed.state(),
+                "best": self.best_of(step),
+            })
+            if snapshot is not None:
+                self.writer.start(snapshot)
+                self.waited = round(time.monotonic() - began, 4)
         self.status("running", step)
-        self.run.engine.accelerator.wait_for_everyone()
         self.speed.restart()
+
+    def written(self) -> None:
+        """Waits for a checkpoint that is being written, and logs its size and its time."""
+        if self.run.main and (done := self.writer.wait()):
+            self.metrics.log({"step": done["step"], "seconds": self.seconds, "split": "checkpoint", **done, "waited_seconds": self.waited})
+
+    def best_of(self, step: int) -> dict[str, Any] | None:
+        """The evaluation so far with the best `train.keep_best`, whose checkpoint is kept: measure, value and step."""
+        if (wanted := self.cfg.train.keep_best) and self.last.get("step") == step:
+            name, sign = wanted.removeprefix("-"), -1 if wanted.startswith("-") else 1
+            value = self.last[name]
+            if math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"]):
+                self.best = {"measure": wanted, "value": value, "step": step}
+        return self.best
 
     def stopped(self, step: int, signal_name: str) -> dict[str, Any]:
         self.close("stopped", step, f"stopped by {signal_name}; the same command continues it")
         return {**self.last, "stopped": signal_name}
 
     def finished(self, step: int) -> dict[str, Any]:
-        if self.run.main:
-            with checkpoint.naming(self.run.folder / "model"), self.run.moving.averaged():
-                self.run.engine.policy.save(self.run.folder / "model")
+        with self.run.engine.parallel.whole():
+            if self.run.main:
+                with checkpoint.naming(self.run.folder / "model"), self.run.moving.averaged():
+                    self.run.engine.policy.save(self.run.folder / "model")
         self.close("finished", step, "")
         return self.last
 
@@ -232,6 +260,7 @@ class Log:
         """Final status, report and trackers; tells the user what to look at."""
         if not self.run.main:
             return
+        self.written()
         self.status(state, step, message)
         report = write_report(self.run.folder)
         for tracker in self.trackers:

@@ -35,6 +35,7 @@ from prefopt.tracking.tracker import read_jsonl
 from prefopt.tracking.trackers import Guarded
 from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
 from prefopt.training.auto_beta import find_beta
+from prefopt.training.deepspeed_json import deepspeed_json
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
 from prefopt.training.moving import Moving, moving_averages
@@ -198,7 +199,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     teacher, taught = make_teacher(cfg, policy, objective, source, judged, steps, accelerator)
     references = make_references(cfg, policy, objective, source, judged, steps, accelerator)
     averages = moving_averages(objective, policy)
-    engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed)
+    engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed,
+                    deepspeed_json(cfg))
     if online:
         source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,
                               folder, source)
