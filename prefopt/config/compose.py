@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.catalogue import VIEWS, groups, modalities
 from prefopt.config.completion import primary_groups
 from prefopt.config.doctor import require_bitsandbytes
+from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
 from prefopt.config.rounds import check_refresh, check_rounds
@@ -175,6 +176,7 @@ def check_together(cfg: Any, info: ObjectiveInfo) -> None:
     if not hasattr(cfg, "hardware"):
         return
     check_refresh(cfg)
+    check_hardware(cfg, info)
     if cfg.reference.policy == "base" and not model.frozen:
         raise UserError("reference.policy=base is the model without its adapter, and there is none; use reference.policy=initial, "
                         "or a LoRA model")

@@ -352,7 +352,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
     ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
-    ("hardware.zero", "0 <= x <= 3", "a ZeRO stage: 1, 2 or 3, or 0 for plain data parallelism"),
+    ("hardware.zero", "0 <= x <= 3", "in [0, 3]: a ZeRO stage, or 0 for plain data parallelism"),
     ("hardware.timeout", "x > 0", "above 0 seconds"),
     ("hardware.slurm.grace", "x >= 0", "0 or more seconds"),
     ("hardware.threads", "x is None or x >= 1", "at least 1, or null"),

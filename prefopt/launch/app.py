@@ -35,6 +35,7 @@ from prefopt.launch.local import run_here
 from prefopt.launch.stages import run_stages, stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
+from prefopt.training.deepspeed_json import check_zero
 from prefopt.training.rundir import claim, release
 
 
@@ -164,6 +165,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     for part in (*(stage.cfg for stage in first), cfg):
         check_data(part)
         check_trackers(part.tracker)
+        check_zero(part)
         note(Path(part.run_dir).absolute())
     if claim(cfg, cfg.algo["name"]) == "finished":
         print(f"{cfg.run_dir} is finished; choose another hydra.run.dir to run again", file=sys.stderr)

@@ -24,6 +24,7 @@ from prefopt.launch.local import forwarding, worker_command, worker_environment
 from prefopt.launch.stages import Stage, stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
+from prefopt.training.deepspeed_json import check_zero
 from prefopt.training.rundir import claim, read_status, release, write_atomic
 
 
@@ -67,6 +68,7 @@ class JobLauncher(Launcher):
             for part in (*(stage.cfg for stage in first), cfg):
                 check_data(part)
                 check_trackers(part.tracker)
+                check_zero(part)
             return overrides, cfg, first
         except UserError as error:
             raise UserError(f"job {number + 1} ({' '.join(overrides)}): {str(error).rstrip('.')}. No job was started.") from error

@@ -300,11 +300,21 @@ def unit_weight(batch: Batch, term: Term) -> Tensor:
     return view.weight.to(term.values.dtype)
 
 
+def double_type(device: torch.device) -> torch.dtype:
+    """The widest type that a device has: float64, and on Apple's GPUs float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def double(tensor: Tensor) -> Tensor:
+    """For long sums: in the widest type that its device has."""
+    return tensor.to(double_type(tensor.device))
+
+
 def total_weights(objective: Objective, batch: Batch) -> dict[str, float]:
     """Total weight of each term's values, from the layout alone: the objective is called on zero scores, no model is run."""
     def blank(quantity: str) -> Tensor:
         rows = batch.token_edge if quantity in PER_TOKEN else batch.lengths
-        return torch.zeros(len(rows), *SHAPES.get(quantity, ()), dtype=torch.float64, device=rows.device)
+        return torch.zeros(len(rows), *SHAPES.get(quantity, ()), dtype=double_type(rows.device), device=rows.device)
 
     layout = replace(batch, scores={s: {q: blank(q) for q in quantities} for s, quantities in objective.quantities.items()})
     with torch.no_grad():

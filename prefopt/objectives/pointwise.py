@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.objectives.base import Batch, Objective, Term, Terms, Unary
+from prefopt.objectives.base import Batch, Objective, Term, Terms, Unary, double
 from prefopt.objectives.reference_free import log1mexp
 
 
@@ -103,7 +103,7 @@ def quantile_coupling(left: Tensor, right: Tensor, weight: Tensor) -> tuple[Tens
     weights the k-th smallest meet, and every other share is 0.
     """
     orders = [values.sort(stable=True).indices for values in (left, right)]
-    ends = [weight.double()[order].cumsum(0) for order in orders]
+    ends = [double(weight)[order].cumsum(0) for order in orders]
     cuts = torch.cat(ends).sort().values  # between two of them, one number of each side is concerned
     starts = torch.cat([cuts.new_zeros(1), cuts])[:-1]
     i, j = (

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prefopt.objectives.base import double, double_type
+
 KINDS = ("epsilon", "v", "x0", "flow")
 WEIGHTS = ("constant", "snr", "min_snr", "dsm")
 TINY = 1e-8
@@ -48,15 +50,15 @@ class Process:
     def times(self, u: Tensor) -> Tensor:
         """The time at each share u in [0, 1) of the process: a whole number, or of a flow a number in (0, 1), after its shift."""
         if self.kind != "flow":
-            return (u.double() * self.steps).long().clamp(0, self.steps - 1)
-        u = u.double().clamp(1e-4, 1 - 1e-4)
+            return (double(u) * self.steps).long().clamp(0, self.steps - 1)
+        u = double(u).clamp(1e-4, 1 - 1e-4)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), fp64, of the shape of `t`. A time of -1 is the picture itself: (1, 0), as 0 is of a flow."""
         if self.kind == "flow":
-            return 1 - t.double(), t.double()
-        cumprod = self.alphas_cumprod.to(t.device).double()[t.clamp_min(0)]
+            return 1 - double(t), double(t)
+        cumprod = double(self.alphas_cumprod).to(t.device, double_type(t.device))[t.clamp_min(0)]
         cumprod = torch.where(t < 0, torch.ones_like(cumprod), cumprod)
         return cumprod.sqrt(), (1 - cumprod).sqrt()
 

@@ -80,7 +80,7 @@ class RewardModel(LanguageModel):
 
     def _probe(self, micro: MicroBatch, plain: bool = False) -> Tensor:
         """[E] those states along a random direction, in units of their size: the rewards of a fresh head are too small to tell by."""
-        state = self._last(micro).double().cpu()
+        state = self._last(micro).cpu().double()
         direction = torch.randn(state.shape[1], generator=torch.Generator().manual_seed(0), dtype=state.dtype)
         return state @ direction / state.norm(dim=1)
 

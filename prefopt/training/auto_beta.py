@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prefopt.data.batch import MicroBatch
 from prefopt.errors import UserError
+from prefopt.objectives.base import double
 from prefopt.training.engine import Engine
 
 
@@ -56,9 +57,9 @@ def _margins(engine: Engine, micros: Sequence[MicroBatch]) -> tuple[Tensor, Tens
     try:
         for micro in micros:
             batch = engine.score(micro, engine.policy)
-            logp = batch.logp().double()
+            logp = double(batch.logp())
             margins.append(logp[batch.pairs.chosen] - logp[batch.pairs.rejected])
-            weights.append(batch.pairs.weight.double())
+            weights.append(double(batch.pairs.weight))
     finally:
         engine.policy.train(was_training)
     return torch.cat(margins), torch.cat(weights)

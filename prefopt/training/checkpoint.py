@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt.errors import UserError
 from prefopt.training.engine import Engine
-from prefopt.training.parallel import TrainingState
+from prefopt.training.parallel import TrainingState, copied
 
 
 @dataclass
@@ -45,7 +45,7 @@ def take(engine: Engine, state: dict[str, Any]) -> Snapshot | None:
     training = engine.parallel.state(main)
     if training is None:
         return None
-    beside = {name: {n: t.detach().to("cpu", copy=True).contiguous() for n, t in held.state().items()} for name, held in engine.beside.items()}
+    beside = {name: {n: copied(t) for n, t in held.state().items()} for name, held in engine.beside.items()}
     return Snapshot(training, beside, torch.get_rng_state(), {**state, "updates": training.updates})
 
 
@@ -92,7 +92,7 @@ class Writer:
         self.thread.start()
 
     def wait(self) -> dict[str, Any] | None:
-        """Waits for the one that is being written: its `step`, `bytes` and `write_seconds`; None if there is none. Raises what went wrong."""
+        """Waits for the one that is being written: its `step`, `bytes` and `write_seconds`; None if there is none. Raises what it met."""
         if self.thread is None:
             return None
         self.thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from prefopt.errors import UserError, nearest
 
 # Sections that a run may change. DeepSpeed reads past a key that it does not know.
 FREE = (
-    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "csv_monitor", "data_types", "dump_state", "flops_profiler",
-    "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "steps_per_print", "torch_autocast", "wall_clock_breakdown",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "csv_monitor", "data_types", "dump_state",
+    "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "steps_per_print", "torch_autocast",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 )
 # Keys that say what a run's own keys say -> those, for the message.
 OURS = {
@@ -53,6 +54,13 @@ def deepspeed_json(cfg: TrainConfig) -> dict[str, Any] | None:
         "steps_per_print": 1_000_000_000, "wall_clock_breakdown": False,
     }
     return merged(made, _read(hardware.deepspeed), hardware.deepspeed) if hardware.deepspeed else made
+
+
+def check_zero(cfg: TrainConfig) -> None:
+    """Whether this machine can run what DeepSpeed is asked for. Raises `UserError`."""
+    if deepspeed_json(cfg) and find_spec("deepspeed") is None:
+        raise UserError(f"hardware.zero={cfg.hardware.zero} needs the package deepspeed, which is not installed here; "
+                        'pip install "prefopt[deepspeed]", or set hardware.zero=0')
 
 
 def merged(made: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:

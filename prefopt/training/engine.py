@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prefopt.config.schema import OptimConfig
 from prefopt.data.batch import MicroBatch
-from prefopt.objectives.base import PER_TOKEN, Batch, Objective, reduce_terms, total_weights
+from prefopt.objectives.base import PER_TOKEN, Batch, Objective, double_type, reduce_terms, total_weights
 from prefopt.policies.asked import Asked
 from prefopt.policies.owned import PREFIX, give_module
 from prefopt.policies.reference import Provider
@@ -153,7 +153,7 @@ class Engine:
         # All that the host must know is read here, at once; it then prepares the next step while the device runs the update.
         memory = [0.0] * self.world
         memory[self.accelerator.process_index] = peak_memory(self.accelerator.device)
-        known = torch.tensor([*astuple(effort), *memory], dtype=torch.float64, device=loss.device)
+        known = torch.tensor([*astuple(effort), *memory], dtype=loss.dtype, device=loss.device)
         metrics = averages.reduce(self.sum_over_ranks)
         sums = self.sum_over_ranks(torch.cat([loss.reshape(1), known]))
         norm, loss, *known = torch.cat([norm.reshape(1), sums]).tolist()
@@ -166,7 +166,7 @@ class Engine:
     def _backward_local(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
         """Micro-batches one after the other: an objective that is a sum over units."""
         totals = self.global_totals(micros)  # of micro-batches on the CPU, as all lengths are
-        loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        loss = torch.zeros((), dtype=double_type(self.accelerator.device), device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self.parallel.synced(last=i == len(micros) - 1):
                 batch = self.score(micro.to(self.accelerator.device))

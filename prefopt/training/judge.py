@@ -124,8 +124,9 @@ class Judge:
                 if self.held_out is not None and self.held_out.rows:
                     out.pairs = self._pairs()
                 if self.prompts and policy.quantity != "reward":  # a reward model writes nothing
-                    out.samples = self._sample(step)
-                    forward = self._forward_kl()
+                    with self.engine.parallel.whole():  # processes sample their own prompts, each in as many passes as it needs
+                        out.samples = self._sample(step)
+                        forward = self._forward_kl()
         finally:
             policy.train(was_training)
             if isinstance(self.initial, Reloaded):
@@ -425,7 +426,7 @@ def _read(batch: Batch, of: Sequence[int], objective: Objective | None = None, r
             edges = units.ranking.edge[units.ranking.best]
         else:
             edges = units.pairs.chosen if term.unit == "pair" else units.unary.edge
-        columns = row[edges.cpu()].tolist(), term.values.double().tolist(), unit_weight(batch, term).double().tolist()
+        columns = row[edges.cpu()].tolist(), term.values.cpu().double().tolist(), unit_weight(batch, term).cpu().double().tolist()
         out.units[term.name] = term.weight, list(zip(*columns, strict=True))
     return out
 
@@ -433,7 +434,7 @@ def _read(batch: Batch, of: Sequence[int], objective: Objective | None = None, r
 def _by_row(values: torch.Tensor, of: Sequence[int]) -> Table:
     """row -> the values of its edges, in order (mismatched replies come after the row's own)."""
     out: Table = {}
-    for row, value in zip(of, values.double().tolist(), strict=True):
+    for row, value in zip(of, values.cpu().double().tolist(), strict=True):
         if row >= 0:
             out.setdefault(row, []).append(value)
     return out

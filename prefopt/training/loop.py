@@ -161,8 +161,8 @@ class Log:
             row, samples = self.run.judge(step)
         self.last = {"step": step, "seconds": self.seconds, "split": "eval", **row}
         if (wanted := self.cfg.train.keep_best) and wanted.removeprefix("-") not in row:
-            raise UserError(f"train.keep_best={wanted} is no measure of this run's evaluations{nearest(wanted.removeprefix('-'), row)}; there "
-                            f"are {', '.join(sorted(row))}")
+            raise UserError(f"train.keep_best={wanted} is no measure of this run's evaluations{nearest(wanted.removeprefix('-'), row)}; "
+                            f"there are {', '.join(sorted(row))}")
         if self.run.main:
             self.write(self.last)
             for sample in samples:
@@ -216,7 +216,7 @@ class Log:
     def written(self) -> None:
         """Waits for a checkpoint that is being written, and logs its size and its time."""
         if self.run.main and (done := self.writer.wait()):
-            self.metrics.log({"step": done["step"], "seconds": self.seconds, "split": "checkpoint", **done, "waited_seconds": self.waited})
+            self.metrics.log({"seconds": self.seconds, "split": "checkpoint", **done, "waited_seconds": self.waited})
 
     def best_of(self, step: int) -> dict[str, Any] | None:
         """The evaluation so far with the best `train.keep_best`, whose checkpoint is kept: measure, value and step."""

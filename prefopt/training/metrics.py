@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from prefopt.objectives.base import Batch, Objective, Terms
+from prefopt.objectives.base import Batch, Objective, Terms, double
 
 # Margins below this are rounding (of log-probs computed in another batch, or read from the store) and count as ties.
 TIE = 1e-4
@@ -22,12 +22,12 @@ class Averages:
 
     def add(self, name: str, values: Tensor) -> None:
         """Adds units to a mean."""
-        self.sums[name] = self.sums.get(name, 0) + values.detach().double().sum()
+        self.sums[name] = self.sums.get(name, 0) + double(values.detach()).sum()
         self.counts[name] = self.counts.get(name, 0) + values.numel()
 
     def add_share(self, name: str, share: Tensor) -> None:
         """Adds a share of a quantity that is already normalised over the global batch."""
-        self.sums[name] = self.sums.get(name, 0) + share.detach().double()
+        self.sums[name] = self.sums.get(name, 0) + double(share.detach())
         self.counts.setdefault(name, 0)
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -35,8 +35,8 @@ class Averages:
         names = sorted(self.sums)
         if not names:
             return {}
-        sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64) for n in names])
-        counts = torch.tensor([float(self.counts[n]) for n in names], dtype=torch.float64, device=sums.device)
+        sums = torch.stack([double(torch.as_tensor(self.sums[n])) for n in names])
+        counts = torch.tensor([float(self.counts[n]) for n in names], dtype=sums.dtype, device=sums.device)
         sums, counts = sum_over_ranks(torch.stack([sums, counts])).tolist()
         return {n: s / c if c else s for n, s, c in zip(names, sums, counts, strict=True)}
 

@@ -93,8 +93,9 @@ class OnlineSource:
         drawn = [step_rows(total, total, i // total, self.seed)[i % total] for i in range(number * count, (number + 1) * count)]
         asked = [p for p in drawn for _ in range(size)]
         chunks = range(0, len(asked), self.sampler.batch_size)  # dealt out whole, so that samples do not depend on the number of ranks
-        mine = [(start, self._sample(asked[start : start + self.sampler.batch_size], f"{number} {start}"))
-                for start in chunks[engine.accelerator.process_index :: engine.world]]
+        with engine.parallel.whole():
+            mine = [(start, self._sample(asked[start : start + self.sampler.batch_size], f"{number} {start}"))
+                    for start in chunks[engine.accelerator.process_index :: engine.world]]
         everyone = sorted(gather_object(mine) if engine.world > 1 else mine, key=lambda chunk: chunk[0])
         samples = [s for _, chunk in everyone for s in chunk]
         if engine.accelerator.is_main_process:

@@ -62,9 +62,9 @@ class Replicated:
         if not main:
             return None
         held = self._states()
-        moments = {f"{name}.{moment}": _copy(held[parameter][moment])
+        moments = {f"{name}.{moment}": copied(held[parameter][moment])
                    for name, parameter in self.policy.trainable().items() if parameter in held for moment in MOMENTS}
-        return TrainingState({name: _copy(parameter) for name, parameter in self.policy.trainable().items()}, moments, self.updates)
+        return TrainingState({name: copied(parameter) for name, parameter in self.policy.trainable().items()}, moments, self.updates)
 
     @torch.no_grad()
     def load(self, state: TrainingState) -> None:
@@ -84,6 +84,6 @@ class Replicated:
         return getattr(self.optimizer, "optimizer", self.optimizer).state
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
     """A copy that later steps do not change."""
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefopt.errors import RunFailed
-from prefopt.objectives.base import reduce_terms, total_weights
+from prefopt.objectives.base import double, double_type, reduce_terms, total_weights
 from prefopt.training.coupling import join
 from prefopt.training.engine import Engine
 
@@ -23,8 +23,8 @@ LAST_PLACES = 1e-6
 
 def tolerance(precision: str, lengths: Tensor, logp: Tensor, stored: bool) -> Tensor:
     """[E] by how much policy and reference may differ on a reply, in nats."""
-    allowed = torch.full(lengths.shape, TOLERANCE[precision], dtype=torch.float64, device=lengths.device)
-    return allowed + stored * (ROUNDING[precision] * lengths.double().sqrt() + LAST_PLACES * logp.double().abs())
+    allowed = torch.full(lengths.shape, TOLERANCE[precision], dtype=double_type(lengths.device), device=lengths.device)
+    return allowed + stored * (ROUNDING[precision] * double(lengths).sqrt() + LAST_PLACES * double(logp).abs())
 
 
 def scored_by_both(engine: Engine, micros: list) -> Tensor:
@@ -54,7 +54,7 @@ def self_check(engine: Engine, micros: list, precision: str, reference_is_initia
                 raise RunFailed(f"self-check: the loss before the first step is {float(loss)}; a weight or a score is not finite")
             if "reference" in batch.scores:
                 both = scored_by_both(engine, micros).to(batch.lengths.device)
-                gaps = (batch.logp() - batch.logp("reference")).abs().double() * both
+                gaps = double((batch.logp() - batch.logp("reference")).abs()) * both
                 allowed = tolerance(precision, batch.lengths, batch.logp(), any("reference" in m.stored for m in micros))
                 worst = int((gaps - allowed).argmax())  # a gap that is not a number counts as the largest
                 gap, limit = float(gaps[worst]), float(allowed[worst])

@@ -133,7 +133,9 @@ def make_accelerator(cfg: TrainConfig) -> Accelerator:
     if cfg.hardware.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"hardware={cfg.hardware.name} asks for a GPU and torch sees none; use hardware=cpu, or install a CUDA build "
                         "of torch")
-    cpu = cfg.hardware.device == "cpu" or not torch.cuda.is_available()
+    if cfg.hardware.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"hardware={cfg.hardware.name} asks for an Apple GPU and torch sees none; use hardware=cpu")
+    cpu = cfg.hardware.device == "cpu" or not (torch.cuda.is_available() or cfg.hardware.device == "mps")
     if cpu:
         _keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, where it is installed, warns that it found no GPU

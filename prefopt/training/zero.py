@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO: each process holds a part of the optimiser's state (stage 1), and of the gradients (2), and of the weights (3).
 
-DeepSpeed does the partitioning and the exchange. Losses, micro-batches, rates, checkpoints and reports are those of a run without it: what it
-is told is in the JSON of `deepspeed_json.py`, and what it gives back are the methods of `parallel.Replicated`.
+DeepSpeed does the partitioning and the exchange. Losses, micro-batches, rates, checkpoints and reports are those of a run without it: what
+it is told is in the JSON of `deepspeed_json.py`, and what it gives back are the methods of `parallel.Replicated`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from prefopt.training.parallel import MOMENTS, TrainingState
+from prefopt.training.parallel import MOMENTS, TrainingState, copied
 
 
 class Zero:
@@ -44,7 +44,8 @@ class Zero:
         self.model.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
 
     def clip(self, max_norm: float) -> Tensor:
-        """DeepSpeed, which knows `max_norm` from its JSON, clips and takes the step at once, or skips it if a gradient is not finite: then the norm that it tells is NaN."""
+        """DeepSpeed, which knows `max_norm` from its JSON, clips and takes the step at once, or skips it if a gradient is not finite: then
+        the norm is NaN."""
         self.model.step()
         if self.model.optimizer.overflow:
             return torch.tensor(float("nan"), device=self.accelerator.device)
@@ -80,11 +81,11 @@ class Zero:
         for name, parameter in self.policy.trainable().items():
             with self._one(parameter):
                 if main:
-                    weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+                    weights[name] = copied(parameter)
             for moment in MOMENTS if self.updates else ():
                 value = safe_get_full_optimizer_state(parameter, moment)  # all processes take part, tensor by tensor
                 if main:
-                    moments[f"{name}.{moment}"] = value.view(parameter.ds_shape if self.stage == 3 else parameter.shape).to("cpu", copy=True)
+                    moments[f"{name}.{moment}"] = copied(value.view(parameter.ds_shape if self.stage == 3 else parameter.shape))
         return TrainingState(weights, moments, self.updates) if main else None
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class Zero:
                                           **{moment: torch.zeros_like(part) for moment in MOMENTS}}
 
     def _link(self) -> None:
-        """Lets stages 1 and 2 find a parameter's moments. They look once, after the first group's first step, where later groups have none."""
+        """Lets stages 1 and 2 find a parameter's moments. They look once, after the first group's step, where later groups have none."""
         if self.stage < 3:
             self.model.optimizer._hp_optimizer_states_linked = False
             self.model.optimizer._lazy_init_hp_params_optimizer_state()
@@ -126,7 +127,7 @@ def prepared(accelerator: Accelerator) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)  # it calls them by older names
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)  # it uses older names
     if accelerator.device.type == "cpu":
         # Its own shared-memory transport needs a compiler and a minute; gloo's does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
