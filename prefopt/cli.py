@@ -24,7 +24,7 @@ usage: prefopt <command> [overrides]
   runs ls|show|verify|rm   the runs of a folder              prefopt runs ls
   store ls|verify|gc       log-probs kept on disk            prefopt store ls
   merge RUN... [options]   add up the weights of runs        prefopt merge runs/a runs/b weights=[0.5,0.5] output=runs/ab
-  export RUN [options]     LoRA for other programs           prefopt export runs/a style=comfyui output=a.safetensors
+  export RUN [options]     a model for other programs        prefopt export runs/a style=model output=my-model
   list [group]             what there is                     prefopt list algo --view pairs
   show NAME                one algorithm, model or dataset   prefopt show dpo
   data check [overrides]   look at data as a model sees it   prefopt data check data=jsonl data.path=pairs.jsonl

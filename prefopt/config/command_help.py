@@ -75,12 +75,20 @@ The store is the folder $PREFOPT_STORE, by default ~/.cache/prefopt/store.""",
 
 example (COFS-DPO: one run for each domain, then both)
   prefopt merge runs/first runs/second weights=[0.5,0.5] output=runs/both""",
-    "export": """prefopt export RUN style=STYLE output=FILE.safetensors: the LoRA of a finished run on pictures, for other programs
+    "export": """prefopt export RUN style=STYLE output=PATH: what a run has trained, for other programs
 
-  style        diffusers, kohya (sd-scripts, Forge and others) or comfyui: how the weights are named; alpha is multiplied in
-  output       a new file
+  style        model: a plain folder of transformers or diffusers, LoRA merged, with a model card; or the LoRA of a run on pictures as one
+               file: diffusers, kohya (sd-scripts, Forge and others) or comfyui say how its weights are named; alpha is multiplied in
+  output       a new folder, or a new file
 
-example
+of style=model
+  checkpoint   last, best (of a run with train.keep_best) or a step [last]
+  dtype        fp32 or bf16: of the weights on disk [fp32]
+  push         name on the Hugging Face hub to upload the folder to, such as me/my-model (needs a login)
+  private      true or false: whether a new repository there is [true]
+
+examples
+  prefopt export runs/mine style=model dtype=bf16 output=my-model
   prefopt export runs/mine style=comfyui output=ComfyUI/models/loras/mine.safetensors""",
     "show": """prefopt show NAME [model=NAME] [model.resolution=N]: all about an algorithm, model, dataset, ...
 

@@ -95,7 +95,8 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
         key, equals, value = current.partition("=")
         if key == "output" and equals:
             return [f"output={path}" for path in _paths(value)]
-        return [*_paths(current, folders=True), *(f"style={style}" for style in ("diffusers", "kohya", "comfyui")), "output="]
+        return [*_paths(current, folders=True), *(f"style={style}" for style in ("model", "diffusers", "kohya", "comfyui")), "output=",
+                *(f"checkpoint={name}" for name in ("last", "best")), "dtype=bf16", "dtype=fp32", "push=", "private=false"]
     if command == "runs":
         actions = ["ls", "show", "verify", "rm"]
         return actions if len(before) == 1 else [*_paths(current, folders=True), *(["--checkpoints"] if before[1:2] == ["rm"] else [])]

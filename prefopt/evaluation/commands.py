@@ -164,7 +164,8 @@ def sample(cfg: SampleConfig) -> list[str]:
 def _open(folder: str, change: Any) -> Run:
     cfg: TrainConfig = load_run_config(Path(folder))
     # Nothing is judged twice here, so there is nothing to store.
-    cfg = change(replace(cfg, hardware=replace(cfg.hardware, processes=1), reference=replace(cfg.reference, store="off")))
+    alone = replace(cfg.hardware, processes=1, nodes=1, zero=0, offload="none", deepspeed=None)
+    cfg = change(replace(cfg, hardware=alone, reference=replace(cfg.reference, store="off")))
     if not checkpoint.steps(Path(folder) / "checkpoints"):
         raise UserError(f"{folder} has no checkpoint yet; train it first (the command is in its manifest.json)")
     return set_up(cfg, make_accelerator(cfg))

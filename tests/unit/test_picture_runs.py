@@ -258,7 +258,7 @@ def test_a_run_without_lora_is_not_exported(run, tmp_path, capsys):
     assert run("full", "algo=diffusion_dpo", "train.steps=1") == 0
     assert train(tmp_path / "text", "algo=dpo", "model=bandit", "data=bandit", "train.steps=1") == 0
     capsys.readouterr()
-    for name, said in (("full", "was trained without a LoRA adapter"), ("text", "is no diffusion model")):
+    for name, said in (("full", "was trained without a LoRA adapter, and style=kohya"), ("text", "is no diffusion model")):
         assert main(["export", str(tmp_path / name), "style=kohya", f"output={tmp_path / 'x.safetensors'}"]) == 2
         assert said in capsys.readouterr().err
 
