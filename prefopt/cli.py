@@ -22,6 +22,7 @@ usage: prefopt <command> [overrides]
   label [overrides]        rows relabelled by a reward model prefopt label reward.path=runs/rm data=... output=rows.jsonl
   compare FOLDER...        runs or sweeps side by side       prefopt compare runs/...-sweep
   runs ls|show|verify|rm   the runs of a folder              prefopt runs ls
+  sweep status|resume      a sweep's jobs, and going on      prefopt sweep status runs/...-sweep
   store ls|verify|gc       log-probs kept on disk            prefopt store ls
   merge RUN... [options]   add up the weights of runs        prefopt merge runs/a runs/b weights=[0.5,0.5] output=runs/ab
   export RUN [options]     a model for other programs        prefopt export runs/a style=model output=my-model
@@ -36,8 +37,8 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "runs", "store", "merge", "export", "list", "show", "data", "doctor",
-            "completion")
+COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "runs", "sweep", "store", "merge", "export", "list", "show", "data",
+            "doctor", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +73,11 @@ def dispatch(argv: list[str]) -> Any:
         from prefopt.evaluation.runs import main as runs
 
         runs(rest)
+    elif command == "sweep":
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from prefopt.launch.sweep import main as sweep
+
+        return sweep(rest)
     elif command == "store":
         from prefopt.evaluation.store import main as store
 

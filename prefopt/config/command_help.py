@@ -58,6 +58,15 @@ example
 
 example
   prefopt runs ls runs/four""",
+    "sweep": """prefopt sweep status FOLDER | resume FOLDER [--only-unfinished] [overrides]: a sweep that prefopt train -m has begun
+
+  status       each job's state, step, last loss and figure, as they are now, also if the sweep's own process was killed
+  resume       run the command of the sweep again: jobs that have finished are left alone, stopped ones go on from their checkpoints, failed
+               ones are tried again (not with --only-unfinished). Overrides replace words of the command, such as hydra.launcher.jobs=2
+
+example
+  prefopt sweep status runs/four
+  prefopt sweep resume runs/four hydra.launcher.jobs=2""",
     "store": """prefopt store ls | verify | gc [--limit-gb X] [--all]: the reference store, log-probs that are computed once for all runs
 
   ls           whose log-probs are there: size, entries, when last used

@@ -13,12 +13,12 @@ from prefopt.config import catalogue
 from prefopt.config.schema import CHOICES, COMMANDS, all_keys, config_of, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "plan", "eval", "sample", "label", "compare", "runs", "store", "merge", "export", "list", "show", "data", "doctor",
+TOP = ("train", "plan", "eval", "sample", "label", "compare", "runs", "sweep", "store", "merge", "export", "list", "show", "data", "doctor",
        "completion", "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
-HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath")
+HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.launcher.jobs", "hydra.searchpath")
 RUN_KEYS = ("run", "against", "reward.path", "model.start", "hydra.run.dir", "hydra.sweep.dir")
 PATH_KEYS = ("data.path", "data.users", "model.path", "model.lora.adapter", "output")
 
@@ -100,6 +100,9 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
     if command == "runs":
         actions = ["ls", "show", "verify", "rm"]
         return actions if len(before) == 1 else [*_paths(current, folders=True), *(["--checkpoints"] if before[1:2] == ["rm"] else [])]
+    if command == "sweep":
+        actions = ["status", "resume"]
+        return actions if len(before) == 1 else [*_paths(current, folders=True), *(["--only-unfinished"] if before[1:2] == ["resume"] else [])]
     if command == "store":
         return ["ls", "verify", "gc"] if len(before) == 1 else ["--limit-gb", "--all"] if before[1:2] == ["gc"] else []
     if command == "data" and len(before) == 1:

@@ -45,7 +45,7 @@ def run(command: str, words: list[str]) -> Any:
     version.setbase("1.3")
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", redact(str(text))), replace=True)
     OmegaConf.register_new_resolver("output_dir", _output_dir, replace=True)
-    _register_launcher()
+    _register_plugins()
     sys.argv = ["prefopt", *command.split("_"), *words]  # what the manifest shows, however this function was reached
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
@@ -148,7 +148,7 @@ def _output_dir() -> str:
     return hydra.run.dir if OmegaConf.is_missing(hydra.runtime, "output_dir") else hydra.runtime.output_dir
 
 
-def _register_launcher() -> None:
+def _register_plugins() -> None:
     """Hydra takes plugins from the namespace package hydra_plugins only; registering there by hand needs no second top-level package."""
     plugins = Plugins.instance()
     try:
@@ -156,8 +156,9 @@ def _register_launcher() -> None:
     except ModuleNotFoundError:
         namespace = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
     namespace.prefopt = sys.modules["hydra_plugins.prefopt"] = multirun
-    multirun.JobLauncher.__module__ = "hydra_plugins.prefopt"
-    plugins.register(multirun.JobLauncher)
+    for plugin in (multirun.JobLauncher, multirun.OptunaSweeper):
+        plugin.__module__ = "hydra_plugins.prefopt"
+        plugins.register(plugin)
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,14 +1,12 @@
-"""Hydra multirun: every job is a process group of its own with its own folder and log. A failing job never stops the rest."""
+"""Hydra multirun: a launcher that runs jobs beside each other, records what becomes of each, and can go on where it was stopped."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -17,44 +15,53 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from prefopt.config.compose import typed
-from prefopt.config.schema import TrainConfig
 from prefopt.data.fits import check_data
 from prefopt.errors import RunFailed, UserError
-from prefopt.launch.local import forwarding, worker_command, worker_environment
-from prefopt.launch.stages import Stage, stages_of
+from prefopt.launch.board import DONE, FAILED, Board, only_one
+from prefopt.launch.jobs import Given, Job, hide_secrets, left_of, run_jobs, warn_if_shared
+from prefopt.launch.machine import Machine
+from prefopt.launch.optuna_sweeper import OptunaSweeper
+from prefopt.launch.stages import stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.deepspeed_json import check_zero
-from prefopt.training.rundir import claim, read_status, release, write_atomic
+from prefopt.training.rundir import write_atomic
+
+__all__ = ["JobLauncher", "OptunaSweeper"]  # what Hydra looks for here
+
+COMMAND = "command.json"
 
 
 class JobLauncher(Launcher):
-    """Checks every job's config before the first one starts, then runs them one after the other."""
+    """Checks every job's config before the first one starts, then runs them, `jobs` at once; null: as many as the machine has GPUs (or, on
+    the CPU, cores for their `hardware.threads`). `retry_failed`: whether jobs that failed before are run again.
+    """
+
+    def __init__(self, jobs: int | None = None, retry_failed: bool = True):
+        self.machine, self.retry_failed = Machine(jobs), retry_failed
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.context = config, hydra_context
+        self.sweep = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        sweep = Path(self.config.hydra.sweep.dir)
-        jobs = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
-        hide_secrets(sweep / "multirun.yaml")  # Hydra's own record
-        board = Board(sweep, [(overrides, cfg.run_dir) for overrides, cfg, _ in jobs])
-        for number, (overrides, cfg, first) in enumerate(jobs):
-            board.set(number, "running")
-            print(f"job {number + 1}/{len(jobs)}: {' '.join(overrides) or 'no overrides'}", file=sys.stderr)
-            state, message = run_job(cfg, overrides, first)
-            board.set(number, state, message)
-            if state == "stopped":
-                break
-        print(board.table(), file=sys.stderr)
-        states = [job["state"] for job in board.jobs]
-        if "stopped" in states:
-            raise RunFailed(f"the sweep was stopped; the same command with hydra.sweep.dir={sweep} goes on with it")
-        if bad := [j for j in board.jobs if j["state"] == "failed"]:
-            raise RunFailed(f"{len(bad)} of {len(jobs)} jobs failed; their messages are above and in {sweep / 'sweep.json'}")
-        return [self._returned(overrides) for overrides, *_ in jobs]
+        jobs = [self.compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+        for job in jobs:
+            job.label = " ".join(word for word in job.overrides if word not in common)
+        warn_if_shared(self.machine, jobs)
+        with only_one(self.sweep):
+            board = self.open_board()
+            for job in jobs:
+                board.add(job.number, job.overrides, job.cfg.run_dir)
+            due = [job for job in jobs if self.due(board, job.number)]
+            for job in due:
+                self.adopt(board, job)
+            self.run(Given(sorted(due, key=lambda job: job.left is None)), board)  # what still runs keeps its share of the machine
+        return [_returned(job) for job in jobs]
 
-    def _compose(self, overrides: list[str], number: int) -> tuple[list[str], TrainConfig, list[Stage]]:
+    def compose(self, overrides: list[str], number: int) -> Job:
+        """A job of the sweep. Raises `UserError`, which names it."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
@@ -68,80 +75,45 @@ class JobLauncher(Launcher):
             for part in (*(stage.cfg for stage in first), cfg):
                 check_data(part)
                 check_trackers(part.tracker)
-                check_zero(part)
-            return overrides, cfg, first
+from prefopt.training.deepspeed_json import check_zero
+                self.machine.check(part.hardware)
+            return Job(number, overrides, cfg, first, label=" ".join(overrides))
         except UserError as error:
             raise UserError(f"job {number + 1} ({' '.join(overrides)}): {str(error).rstrip('.')}. No job was started.") from error
 
-    def _returned(self, overrides: list[str]) -> JobReturn:
-        done = JobReturn(overrides=overrides, cfg=OmegaConf.create(), hydra_cfg=OmegaConf.create(), status=JobStatus.COMPLETED)
-        done.return_value = None
-        return done
+    def open_board(self) -> Board:
+        """The board of the sweep, and beside it the command that goes on with the sweep."""
+        hide_secrets(self.sweep / "multirun.yaml")  # Hydra's own record
+        command = {"words": redact(sys.argv[2:]), "folder": redact(os.getcwd())}
+        write_atomic(self.sweep / COMMAND, json.dumps(command, indent=2))
+        return Board(self.sweep)
+
+    def due(self, board: Board, number: int) -> bool:
+        """Whether a job is to be run, as far as an earlier start of the sweep can say."""
+        state = board.jobs[number]["state"]
+        return state != "pruned" and (self.retry_failed or state not in FAILED)
+
+    def adopt(self, board: Board, job: Job) -> None:
+        """Takes a job up where an earlier start of the sweep left it: its processes may still run."""
+        known = board.jobs[job.number]
+        job.left = left_of(known.get("process") or "") if known["state"] == "running" else None
+        if known["state"] not in DONE:
+            known["state"] = "waiting"
+
+    def run(self, queue: Given, board: Board) -> None:
+        """Runs the jobs of a queue. Raises `RunFailed` if some failed; a signal ends the command as it ends a run."""
+        board.write()
+        stopped = run_jobs(queue, board, self.machine)
+        if stopped:
+            print(f"prefopt: the sweep was stopped; prefopt sweep resume {self.sweep} goes on with it", file=sys.stderr)
+            raise SystemExit(128 + stopped)
+        if bad := [job for job in board.jobs if job["state"] in FAILED]:
+            raise RunFailed(f"{len(bad)} of {len(board.jobs)} jobs failed; their messages are above and in {board.path}")
+        if left := [job for job in board.jobs if job["state"] == "stopped"]:
+            raise RunFailed(f"{len(left)} of {len(board.jobs)} jobs were stopped; prefopt sweep resume {self.sweep} goes on with them")
 
 
-class Board:
-    """sweep.json: what each job is and how it stands."""
-
-    def __init__(self, sweep: Path, jobs: list[tuple[list[str], str]]):
-        self.path = sweep / "sweep.json"
-        new = {"state": "waiting", "message": "", "seconds": 0.0}
-        self.jobs: list[dict[str, Any]] = [{"overrides": o, "run_dir": d, **new} for o, d in jobs]
-        self.since = time.monotonic()
-
-    def set(self, number: int, state: str, message: str = "") -> None:
-        if state == "running":
-            self.since = time.monotonic()
-        self.jobs[number] |= {"state": state, "message": message, "seconds": round(time.monotonic() - self.since, 1)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps(redact(self.jobs), indent=2))
-
-    def table(self) -> str:
-        lines = [f"{'state':<9} {'seconds':>8}  job"]
-        for job in self.jobs:
-            note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] == "failed" and job["message"] else ""
-            lines.append(f"{job['state']:<9} {job['seconds']:>8.1f}  {' '.join(job['overrides']) or 'no overrides'}{note}")
-        return "\n".join(lines)
-
-
-def hide_secrets(file: Path) -> None:
-    """Takes what looks like a secret out of a text file that was written by others."""
-    if file.exists() and (clean := redact(text := file.read_text(errors="replace"))) != text:
-        write_atomic(file, clean)
-
-
-def run_job(cfg: TrainConfig, overrides: list[str], first: Sequence[Stage] = ()) -> tuple[str, str]:
-    """(state, message) of one job: finished, failed or stopped. As in `prefopt train`, its folder is claimed before the stages that come
-    first are run: nothing is trained for a run that is there already, or cannot follow.
-    """
-    try:
-        if claim(cfg, cfg.algo["name"]) == "finished":
-            return "finished", "had finished before"
-    except UserError as error:
-        return "failed", str(error)
-    try:
-        for stage in first:
-            state, message = run_job(stage.cfg, stage.words)
-            if state != "finished":
-                return state, f"stage {stage.name}: {message}"
-        return run_apart(cfg, overrides)
-    finally:
-        release(Path(cfg.run_dir))
-
-
-def run_apart(cfg: TrainConfig, overrides: list[str]) -> tuple[str, str]:
-    """(state, message) of a claimed run in processes of its own, whose output goes to log.txt in its folder."""
-    folder = Path(cfg.run_dir)
-    with open(folder / "log.txt", "ab") as log:
-        process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, ["train", *overrides]), stdout=log, stderr=log,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)
-        with forwarding(process) as stop:
-            code = process.wait()
-    hide_secrets(folder / "log.txt")
-    status = read_status(folder)
-    if stop:
-        return "stopped", "stopped by a signal; the same command continues it"
-    if code == 0:
-        return "finished", ""
-    said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    reason = status.get("message") or (said[-1] if said else "")
-    return "failed", f"exit code {code}: {reason}"
+def _returned(job: Job) -> JobReturn:
+    done = JobReturn(overrides=job.overrides, cfg=OmegaConf.create(), hydra_cfg=OmegaConf.create(), status=JobStatus.COMPLETED)
+    done.return_value = None
+    return done
