@@ -5,7 +5,8 @@
 
 A shard holds n entries: `keys` uint8 [n, 16] (see `entry_key`), `lengths` int32 [n] (trained tokens of the reply) and `values` fp32, in
 nats: the log-prob of each trained token, [sum of lengths], or their sum per reply, [n]; its metadata says which. Shards are written under
-a temporary name and renamed, and never change, so readers need no lock and writers cannot harm each other. Imports no torch.
+a temporary name and renamed, and never change, so readers need no lock and writers cannot harm each other. Who fills a folder holds
+<root>/<digest>.lock, so that nothing is computed twice. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
@@ -63,6 +65,7 @@ class Store:
         self.rough: set[bytes] = set()  # sums that were made here from token log-probs
         self.seen: set[str] = set()
         self.used: set[Path] = set()  # shards that wanted entries came from, or that were written here
+        self.lock = FileLock(self.folder.with_name(f"{self.digest}.lock"))
 
     def refresh(self) -> None:
         """Reads the shards that are there and were not read yet. Raises `UserError` for a damaged one."""
@@ -104,6 +107,29 @@ class Store:
     def missing(self) -> set[bytes]:
         return self.wanted - self.found.keys()
 
+    def alone(self, seconds: float) -> bool:
+        """Waits so long for others that fill the store of this scorer; whether it is this process's turn, until `release`. The system ends
+        the turn of a process that is killed."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=seconds)
+        except Timeout:
+            return False
+        except NotImplementedError:  # a file system without locks: all fill at once, and some work is done twice
+            return True
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def _unwritable(self, error: OSError) -> Exception:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return error
+        return UserError(f"the reference store {self.folder} cannot be written ({error.strerror}); set PREFOPT_STORE to a folder that can, "
+                         "or reference.store=off")
+
     def add(self, entries: Mapping[bytes, np.ndarray], lengths: Mapping[bytes, int]) -> None:
         """Writes one shard of entries of this store's level: fp32 [trained tokens], or [1] for a sum."""
         if not entries:
@@ -121,10 +147,7 @@ class Store:
             path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
             _write(path, content)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-                raise UserError(f"the reference store {self.folder} cannot be written ({error.strerror}); set PREFOPT_STORE to a folder "
-                                "that can, or reference.store=off") from error
-            raise
+            raise self._unwritable(error) from error
         self.seen.add(path.name)
         self.used.add(path)
         self.found |= {k: np.asarray(entries[k], dtype=np.float32) for k in keys}

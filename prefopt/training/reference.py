@@ -8,7 +8,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +35,7 @@ from prefopt.training.rundir import differences, read_manifest
 from prefopt.training.source import OfflineSource
 
 CHUNK = 16  # micro-batches of a process to a shard: what a kill can cost, and how often the work of others is looked at
+TURN = 30.0  # seconds between two looks at whether another run still fills the store
 ROOMIER = 4  # without gradients a GPU holds so many times the tokens of a training micro-batch
 
 
@@ -227,7 +228,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
             use = known is not None  # a run goes on as it began
         else:
             use = not model.frozen or cost < live  # without an adapter the alternative is a second model in memory
-        how = f"stored ({len(wanted) - len(missing):,} of {len(wanted):,} replies were there)"
+        how = found_in(store)
         spent = f"{cost:,} tokens to score now, {live:,} over the run without the store"
         print(f"{scorer}: {how if use else 'live'}; {spent}", file=sys.stderr)
     use, how = _from_main((use, how), accelerator)
@@ -235,7 +236,9 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
         return None, {}
     filler = AdapterOff(policy) if model.frozen and (cfg.reference.policy == "base" or not model.adapter) else AsLoaded(policy)
     of_tokens = (lambda micro: filler(micro, Asked(value=value))["value"]) if value else filler
-    fill(store, rows, keys, level, of_tokens, source, accelerator)
+    with one_filler(store, scorer, accelerator):
+        how = found_in(store) if main else how  # others may have filled it meanwhile
+        fill(store, rows, keys, level, of_tokens, source, accelerator)
     values: list[list[Any]] = []
     if main:
         found = store.found
@@ -258,13 +261,35 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     return Stored(how), about
 
 
+def found_in(store: Store) -> str:
+    return f"stored ({len(store.wanted) - len(store.missing()):,} of {len(store.wanted):,} replies were there)"
+
+
+@contextmanager
+def one_filler(store: Store | None, scorer: str, accelerator: Accelerator) -> Iterator[None]:
+    """Lets one run at a time fill a scorer's store. A run that had to wait finds there what the others have written."""
+    needed, said = _from_main(bool(store and store.missing()), accelerator), False
+    # The other processes hear from the main one all along: one that waits too long for another gives up.
+    while needed and not _from_main(not store or store.alone(0.5 if not said else TURN), accelerator):
+        if store and not said:
+            print(f"{scorer}: another run fills the store; waiting for it", file=sys.stderr)
+        said = True
+    try:
+        if store and needed:
+            store.refresh()
+        yield
+    finally:
+        if store and needed:
+            store.release()
+
+
 def fill(store: Store | None, rows: Sequence[Row], keys: Sequence[Sequence[bytes]], level: str, filler: Provider, source: OfflineSource,
          accelerator: Accelerator) -> None:
     """Scores what the store lacks of `rows` (whose entries are called `keys`), chunk by chunk, one shard for each. `store` and `keys`
     are the main process's; the others follow it.
 
-    Before each chunk the store is read again, and every process takes the chunks in an order of its own, so that runs which fill it at
-    the same time share the work; a run that is killed leaves its finished chunks.
+    Before each chunk the store is read again, and the chunks are taken in random order, so that runs share the work where a file system
+    has no locks (see `one_filler`); a run that is killed leaves its finished chunks.
     """
     roomy = accelerator.device.type == "cuda"
     budget = source.budget * (ROOMIER if roomy else 1)

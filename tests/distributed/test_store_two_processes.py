@@ -57,6 +57,8 @@ def test_ranks_fill_the_store_together_and_one_process_finds_it_full(tmp_path, t
 def test_two_runs_fill_one_store_at_once(tmp_path, tiny_lm, own_store):
     for run in [begin(tmp_path / name, "cpu") for name in "ab"]:
         end(run)
+    assert sorted(map(how, (tmp_path / "a", tmp_path / "b"))) == ["stored (0 of 160 replies were there)",
+                                                                  "stored (160 of 160 replies were there)"], "one scores, the other waits"
     count, broken = store.verify(own_store)
     assert count > 0 and broken == []
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
