@@ -129,7 +129,8 @@ def table(jobs: Sequence[dict[str, Any]], seconds: Sequence[float], height: int 
         job, at = jobs[i], progress(folder_of(sweep, jobs[i]))
         what = " ".join(word for word in job["overrides"] if word not in common) or "no overrides"
         note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] not in (*DONE, "running") and job["message"] else ""
-        rows.append((str(i + 1), job["state"], at.get("step", ""), at.get("loss", ""), at.get("figure", ""), in_time(seconds[i]), what + note))
+        rows.append((str(i + 1), job["state"], at.get("step", ""), at.get("loss", ""), at.get("figure", ""),
+                     in_time(seconds[i] or at.get("seconds", 0.0)), what + note))
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()[:width] for row in rows]
     if len(order) < len(jobs):
@@ -142,13 +143,13 @@ def counts(jobs: Any) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(Counter(job["state"] for job in jobs).items()))
 
 
-def progress(folder: Path) -> dict[str, str]:
-    """How far a run is: its step, its loss, and the first of FIGURES in its last evaluation."""
+def progress(folder: Path) -> dict[str, Any]:
+    """How far a run is: its step, its seconds, its loss, and the first of FIGURES in its last evaluation."""
     status, rows = read_status(folder), last_rows(folder / "metrics.jsonl")
     if not status:
         return {}
     step = max(status.get("step", 0), rows[-1].get("step", 0) if rows else 0)
-    out = {"step": f"{step}/{status.get('total_steps', '?')}"}
+    out = {"step": f"{step}/{status.get('total_steps', '?')}", "seconds": rows[-1].get("seconds", 0.0) if rows else 0.0}
     losses = [row["loss"] for row in rows if row.get("split") == "train" and isinstance(row.get("loss"), float)]
     if losses:
         out["loss"] = f"{losses[-1]:.4g}"

@@ -106,6 +106,8 @@ def run_jobs(queue: Given, board: Board, machine: Machine) -> int | None:
                     job.ask("stopped", "the sweep ended early")
                     _tell(job)
                 wait(running, timeout=0.3)
+            for job in running.values():
+                board.set(job.number, "stopped", job.why, process="")
             raise
     screen.close()
     return came[0] if came else None
@@ -135,11 +137,12 @@ def _result(future: Future) -> tuple[str, str]:
 
 
 def _tell(job: Job, again: bool = False) -> None:
-    """SIGTERM to a job that was asked to end, once for each of its process groups: a second one would end it at once."""
+    """SIGTERM to a job that was asked to end, once for each of its process groups; SIGINT, which ends it at once, if it is asked again."""
     if job.asked and job.group and (again or job.group not in job.told):
+        number = signal.SIGINT if job.group in job.told else signal.SIGTERM
         job.told.add(job.group)
         with suppress(ProcessLookupError):
-            os.killpg(job.group, signal.SIGTERM)
+            os.killpg(job.group, number)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class OptunaSweeper(Sweeper):
         if math.prod(map(len, grid)) > self.settings.trials:
             raise UserError(f"the grid has {math.prod(map(len, grid))} points and hydra.sweeper.trials={self.settings.trials} would leave "
                             "some out; raise it, or use hydra.sweeper.sampler=tpe")
-        distributions = {key: distribution(o) for key, o in space.items()}
+        distributions = {key: distribution(o, listed=bool(grid)) for key, o in space.items()}
         fixed = [o.input_line for o in overrides if not o.is_sweep_override()]
         self.launcher.compose([*fixed, *(f"{key}={first_of(d)}" for key, d in distributions.items())], 0)  # a mistake shows before all else
         with only_one(self.launcher.sweep):
@@ -109,6 +109,7 @@ class Search(Given):
         self.study = open_study(settings, board.sweep, fixed, distributions)
         self.trials: dict[int, optuna.Trial] = {}  # of jobs that run, by their number
         self.seen: dict[int, int] = {}  # the last step that was reported, by job
+        self.known = False  # whether the metric was in an evaluation
         self.again = deque(self._left())
 
     def _left(self) -> list[Any]:
@@ -134,9 +135,7 @@ class Search(Given):
             words = [*self.fixed, *(f"{key}={trial.params[key]}" for key in self.distributions)]
             try:
                 job = self.launcher.compose(words, number)
-            except UserError as error:
-                if not any(known["state"] == "finished" for known in self.board.jobs) and not self.trials:
-                    raise
+            except UserError as error:  # of these values together; the others may go well
                 self.board.add(number, words, "")
                 self.board.set(number, "failed", str(error))
                 self._tell(trial, None)
@@ -168,6 +167,9 @@ class Search(Given):
                 continue
             self.seen[job.number] = row["step"]
             value = self._value(row)
+            if self.settings.metric not in row and not self.known:
+                raise UserError(self._unknown([row]))
+            self.known = True
             if value is None:
                 continue
             trial.report(value, row["step"])
@@ -179,6 +181,11 @@ class Search(Given):
         value = row.get(self.settings.metric)
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
+    def _unknown(self, rows: list[dict[str, Any]]) -> str:
+        known = sorted({key for row in rows for key in row if self._value({self.settings.metric: row[key]}) is not None} - {"step", "seconds"})
+        return (f"hydra.sweeper.metric={self.settings.metric} has no value in the evaluations of the jobs; these have: "
+                f"{', '.join(known) or 'none'}")
+
     def ended(self, job: Job, state: str, message: str) -> tuple[str, str]:
         import optuna
 
@@ -186,9 +193,7 @@ class Search(Given):
         rows = [row for row in read_jsonl(Path(job.cfg.run_dir) / "metrics.jsonl") if row.get("split") == "eval"]
         value = self._value(rows[-1]) if rows else None
         if state == "finished" and value is None:
-            known = sorted({key for row in rows for key in row if self._value({self.settings.metric: row[key]}) is not None} - {"step", "seconds"})
-            state, message = "failed", (f"hydra.sweeper.metric={self.settings.metric} is not in its last evaluation, which has "
-                                        f"{', '.join(known) or 'no figures'}{nearest(self.settings.metric, known)}")
+            state, message = "failed", self._unknown(rows[-1:])
         if state == "finished":
             self._tell(trial, value)
             self.write_best()
@@ -252,13 +257,15 @@ def sampler(settings: Settings, number: int) -> Any:
     return optuna.samplers.RandomSampler(seed=seed)  # of a grid, all points are in line already
 
 
-def distribution(override: Override) -> Any:
-    """Optuna's distribution of a swept key."""
+def distribution(override: Override, listed: bool) -> Any:
+    """Optuna's distribution of a swept key; `listed`: of nothing but its values, as words."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     sweep, key = override.value(), override.get_key_element()
     log = "log" in getattr(sweep, "tags", ())
     try:
+        if listed:
+            return CategoricalDistribution(values_of(override))
         if isinstance(sweep, IntervalSweep):
             kind = IntDistribution if isinstance(sweep.start, int) and isinstance(sweep.end, int) else FloatDistribution
             return kind(sweep.start, sweep.end, log=log)

@@ -10,11 +10,10 @@ from typing import Any
 
 from prefopt.config.stages import quote
 from prefopt.errors import UserError, nearest
-from prefopt.launch.board import DONE, FAILED, FILE, counts, folder_of, locked, standing, table
+from prefopt.launch.board import DONE, FAILED, FILE, counts, locked, standing, table
 from prefopt.launch.multirun import COMMAND
 from prefopt.launch.optuna_sweeper import BEST
 from prefopt.tracking.redact import REDACTED
-from prefopt.training.rundir import read_status
 
 ACTIONS = ("status", "resume")
 USAGE = "prefopt sweep status FOLDER | resume FOLDER [--only-unfinished] [overrides]"
@@ -43,8 +42,7 @@ def main(argv: Sequence[str]) -> Any:
 def status_text(sweep: Path) -> str:
     """The table of the jobs as they stand now, what is known of the sweep as a whole, and what to do next."""
     jobs = standing(sweep)
-    seconds = [job["seconds"] or read_status(folder_of(sweep, job)).get("seconds", 0.0) for job in jobs]
-    lines = [table(jobs, seconds, None, 300, sweep), "", f"{len(jobs)} jobs: {counts(jobs)}"]
+    lines = [table(jobs, [job["seconds"] for job in jobs], None, 300, sweep), "", f"{len(jobs)} jobs: {counts(jobs)}"]
     if (best := sweep / BEST).is_file():
         about = json.loads(best.read_text(encoding="utf-8"))
         lines.append(f"best: {about['metric']}={about['value']:.6g} (job {about['job']}, {about['run_dir']})")
