@@ -75,7 +75,7 @@ class JobLauncher(Launcher):
             for part in (*(stage.cfg for stage in first), cfg):
                 check_data(part)
                 check_trackers(part.tracker)
-from prefopt.training.deepspeed_json import check_zero
+                check_zero(part)
                 self.machine.check(part.hardware)
             return Job(number, overrides, cfg, first, label=" ".join(overrides))
         except UserError as error:
