@@ -102,7 +102,8 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
         return actions if len(before) == 1 else [*_paths(current, folders=True), *(["--checkpoints"] if before[1:2] == ["rm"] else [])]
     if command == "sweep":
         actions = ["status", "resume"]
-        return actions if len(before) == 1 else [*_paths(current, folders=True), *(["--only-unfinished"] if before[1:2] == ["resume"] else [])]
+        more = ["--only-unfinished"] if before[1:2] == ["resume"] else []
+        return actions if len(before) == 1 else [*_paths(current, folders=True), *more]
     if command == "store":
         return ["ls", "verify", "gc"] if len(before) == 1 else ["--limit-gb", "--all"] if before[1:2] == ["gc"] else []
     if command == "data" and len(before) == 1:

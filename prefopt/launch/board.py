@@ -45,11 +45,13 @@ class Board:
         if number < len(self.jobs):
             known = self.jobs[number]
             if known["overrides"] != overrides:
-                raise UserError(f"{self.sweep} holds another sweep: its job {number + 1} is {' '.join(known['overrides']) or 'no overrides'} "
-                                f"and here it is {' '.join(overrides) or 'no overrides'}. Choose another hydra.sweep.dir.")
+                there, here = (" ".join(words) or "no overrides" for words in (known["overrides"], overrides))
+                raise UserError(f"{self.sweep} holds another sweep: its job {number + 1} is {there} and here it is {here}. Choose another "
+                                "hydra.sweep.dir.")
             known["run_dir"] = redact(run_dir)
         else:
-            self.jobs.append({"overrides": overrides, "run_dir": redact(run_dir), "state": "waiting", "message": "", "seconds": 0.0})
+            new = {"state": "waiting", "message": "", "seconds": 0.0}
+            self.jobs.append({"overrides": overrides, "run_dir": redact(run_dir), **new})
 
     def set(self, number: int, state: str, message: str = "", **about: Any) -> None:
         if state == "running" and number not in self.began:
@@ -128,9 +130,9 @@ def table(jobs: Sequence[dict[str, Any]], seconds: Sequence[float], height: int 
     for i in order:
         job, at = jobs[i], progress(folder_of(sweep, jobs[i]))
         what = " ".join(word for word in job["overrides"] if word not in common) or "no overrides"
-        note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] not in (*DONE, "running") and job["message"] else ""
+        note = job["message"].splitlines()[-1][:160] if job["message"] and job["state"] not in (*DONE, "running") else ""
         rows.append((str(i + 1), job["state"], at.get("step", ""), at.get("loss", ""), at.get("figure", ""),
-                     in_time(seconds[i] or at.get("seconds", 0.0)), what + note))
+                     in_time(seconds[i] or at.get("seconds", 0.0)), f"{what}  ({note})" if note else what))
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()[:width] for row in rows]
     if len(order) < len(jobs):

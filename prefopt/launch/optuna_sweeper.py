@@ -21,7 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from prefopt.errors import RunFailed, UserError, nearest
+from prefopt.errors import UserError, nearest
 from prefopt.launch.board import BEFORE, FAILED, Board, last_rows, only_one
 from prefopt.launch.jobs import Given, Job
 from prefopt.tracking.redact import redact
@@ -178,11 +178,10 @@ class Search(Given):
         return ""
 
     def _value(self, row: dict[str, Any]) -> float | None:
-        value = row.get(self.settings.metric)
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+        return finite(row.get(self.settings.metric))
 
     def _unknown(self, rows: list[dict[str, Any]]) -> str:
-        known = sorted({key for row in rows for key in row if self._value({self.settings.metric: row[key]}) is not None} - {"step", "seconds"})
+        known = sorted({key for row in rows for key in row if finite(row[key]) is not None} - {"step", "seconds"})
         return (f"hydra.sweeper.metric={self.settings.metric} has no value in the evaluations of the jobs; these have: "
                 f"{', '.join(known) or 'none'}")
 
@@ -224,6 +223,10 @@ class Search(Given):
             return
         values = " ".join(f"{key}={value}" for key, value in best["params"].items())
         print(f"best: {best['metric']}={best['value']:.6g} with {values} (job {best['job']}, {best['run_dir']})")
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def open_study(settings: Settings, sweep: Path, fixed: list[str], distributions: dict[str, Any]) -> Any:

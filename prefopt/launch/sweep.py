@@ -69,8 +69,7 @@ def resume(sweep: Path, words: Sequence[str], only_unfinished: bool) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{sweep / COMMAND} cannot be read ({error}); repeat the command of the sweep with hydra.sweep.dir={sweep} "
                         "instead") from error
-    if only_unfinished:
-        words = [*words, "hydra.launcher.retry_failed=false"]
+    words = [f"hydra.launcher.retry_failed={str(not only_unfinished).lower()}", *words]
     here = sweep.absolute()
     if folder.is_dir() and REDACTED not in str(folder):
         os.chdir(folder)  # paths among the words mean what they meant

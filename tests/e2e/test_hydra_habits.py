@@ -108,8 +108,8 @@ def test_multirun_with_the_options_anywhere(tmp_path, capsys):
 def test_sweep_seeds(tmp_path, monkeypatch):
     """The jobs themselves are replaced: what is tested is which ones there are."""
     seen = []
-    monkeypatch.setattr("prefopt.launch.multirun.run_job", lambda cfg, *of: seen.append(cfg.seed) or ("finished", ""))
-    assert main(["train", "-m", "sweep=seeds", *FAST, "hydra.sweep.dir=sweep"]) == 0
+    monkeypatch.setattr("prefopt.launch.jobs.run_job", lambda job: seen.append(job.cfg.seed) or ("finished", ""))
+    assert main(["train", "-m", "sweep=seeds", *FAST, "hydra.sweep.dir=sweep", "hydra.launcher.jobs=1"]) == 0
     assert seen == [0, 1, 2]
 
 

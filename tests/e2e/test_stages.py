@@ -171,14 +171,15 @@ def test_stages_of_a_sweep(tmp_path, monkeypatch, capsys):
     """The jobs themselves are replaced: what is tested is which ones there are, and what becomes of one whose stage fails."""
     ran = []
 
-    def job(cfg, words):
+    def job(of, cfg, words):
         ran.append((cfg.algo["name"], cfg.optim.lr, Path(cfg.run_dir)))
         assert (Path(cfg.run_dir) / "config.yaml").exists()
         assert cfg.algo["name"] != "sft" or (Path(cfg.run_dir).parents[1] / "config.yaml").exists(), "the job's folder is claimed first"
         return ("failed", "no luck") if cfg.optim.lr == 0.2 and cfg.algo["name"] == "sft" else ("finished", "")
 
-    monkeypatch.setattr("prefopt.launch.multirun.run_apart", job)
-    assert main(["train", "-m", *FAST, *BRIDGE, "stages.sft.optim.lr=0.1,0.2", "hydra.sweep.dir=sweep"]) == 1
+    monkeypatch.setattr("prefopt.launch.jobs.run_apart", job)
+    assert main(["train", "-m", *FAST, *BRIDGE, "stages.sft.optim.lr=0.1,0.2", "hydra.sweep.dir=sweep",
+                 "hydra.launcher.jobs=1"]) == 1
     assert [(name, lr) for name, lr, _ in ran] == [("sft", 0.1), ("sft_dpo_bridge", 0.05), ("sft", 0.2)]
     assert ran[0][2] == ran[1][2] / "stages" / "sft" and ran[1][2].parent.name == "sweep"
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
@@ -188,7 +189,7 @@ def test_stages_of_a_sweep(tmp_path, monkeypatch, capsys):
 
 def test_a_job_of_a_sweep_whose_folder_is_taken_trains_no_stage(tmp_path, monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr("prefopt.launch.multirun.run_apart", lambda cfg, words: ran.append(cfg) or ("finished", ""))
+    monkeypatch.setattr("prefopt.launch.jobs.run_apart", lambda of, cfg, words: ran.append(cfg) or ("finished", ""))
     words = ["-m", *FAST, *BRIDGE, "seed=0", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job"]
     (tmp_path / "sweep" / "job").mkdir(parents=True)
     (tmp_path / "sweep" / "job" / "mine.txt").touch()
