@@ -24,7 +24,7 @@ def starts(sweep: Path) -> dict[str, list[dict]]:
 
 def main() -> int:
     cfg = json.loads(os.environ["PREFOPT_CONFIG"])
-    run, lr, total = Path(cfg["run_dir"]), cfg["optim"]["lr"], cfg["train"]["steps"]
+    run, lr, total = Path(cfg["run_dir"]), cfg["optim"]["lr"], cfg["train"]["steps"] or 3
     status, stop = run / "status.json", []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     first = json.loads(status.read_text())["step"] if status.exists() else 0
@@ -50,7 +50,8 @@ def main() -> int:
     for step in range(first + 1, total + 1):
         with open(run / "metrics.jsonl", "a") as file:
             print(json.dumps({"step": step, "seconds": 1.0, "split": "train", "loss": 1.0 / step}), file=file)
-            print(json.dumps({"step": step, "seconds": 1.0, "split": "eval", "accuracy": 0.9 - lr + 0.01 * step}), file=file)
+            print(json.dumps({"step": step, "seconds": 1.0, "split": "eval", "accuracy": 0.9 - lr + 0.01 * step,
+                              "true_reward": -lr}), file=file)
         say("running", step)
         waits = {0.6: lambda: len(list(run.parent.glob("*/starts"))) < 2, 0.7: lambda: not (run.parent / "go").exists()}.get(lr)
         deadline = time.monotonic() + 60

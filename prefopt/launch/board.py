@@ -88,8 +88,8 @@ def read_board(sweep: Path) -> list[dict[str, Any]]:
         if not all({"overrides", "run_dir", "state", "message", "seconds"} <= set(job) for job in jobs):
             raise ValueError("a job lacks one of overrides, run_dir, state, message, seconds")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); put back what prefopt wrote, or move the file away and repeat the command of the "
-                        "sweep, which leaves finished runs alone") from error
+        raise UserError(f"{file} cannot be read ({error}); put back what prefopt wrote, or move the file away and repeat the command of "
+                        "the sweep, which leaves finished runs alone") from error
     return jobs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,11 +33,11 @@ def toys(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
-def board(sweep: str = "sweep") -> list[dict]:
+def board(sweep: str | Path = "sweep") -> list[dict]:
     return json.loads(Path(sweep, "sweep.json").read_text())
 
 
-def states(sweep: str = "sweep") -> list[str]:
+def states(sweep: str | Path = "sweep") -> list[str]:
     return [job["state"] for job in board(sweep)]
 
 
@@ -170,6 +171,21 @@ def test_what_a_resume_cannot_do(monkeypatch, capsys, tmp_path):
     assert "cannot be read (a job lacks one of overrides" in refused("sweep", "status", "sweep")
 
 
+def test_the_commands_of_the_documentation(capsys):
+    text = (ROOT / "docs" / "sweeps.md").read_text().replace("\\\n", " ")
+    lines = [line.partition("#")[0] for line in text.splitlines() if line.startswith("prefopt ") and "compare" not in line]
+    assert len(lines) == 6
+    for number, line in enumerate(lines):
+        words = [word for word in shlex.split(line)[1:] if not word.startswith("hydra.sweeper.trials=")]
+        if words[0] == "train":
+            own = [] if any("hydra.sweep.dir" in word for word in words) else [f"hydra.sweep.dir=runs/{number}"]
+            words += [*own, "optim.eps=0.001", "hydra.launcher.jobs=2", *(["hydra.sweeper.trials=3"] if "sweep=optuna" in words else [])]
+        assert main(words) == 0, line
+    made = {folder.name: set(states(folder)) for folder in Path("runs").iterdir()}
+    assert {name: len(board(Path("runs", name))) for name in made} == {"six": 6, "1": 3, "2": 6, "search": 3}
+    assert all(found == {"finished"} for found in made.values())
+
+
 # ---- searches ----
 
 SEARCH = [*BANDIT, *SWEEP, "sweep=optuna", "optim.lr=interval(0.01,0.2)", "hydra.launcher.jobs=1"]
@@ -238,7 +254,7 @@ def test_a_failed_trial_is_tried_again_with_its_values(capsys):
     (["optim.lr=tag(log,interval(0,0.2))"], "cannot be searched like this"),
     (["optim.lr=-1,0.2"], "optim.lr=-1.0: it must be above 0"),
     (["optim.lr=0.1,0.2", "hydra.sweeper.metric=acuracy"],
-     "hydra.sweeper.metric=acuracy has no value in the evaluations of the jobs; these have: accuracy"),
+     "hydra.sweeper.metric=acuracy has no value in the evaluations of the jobs; these have: accuracy, true_reward"),
 ])
 def test_what_a_search_does_not_take(words, said, capsys):
     assert main(["train", "-m", *BANDIT, "optim.eps=0.2", "hydra.sweep.dir=sweep", "sweep=optuna", *words]) == 2
