@@ -186,27 +186,29 @@ class Screen:
 
     def say(self, line: str) -> None:
         self._clear()
-        print(line, file=sys.stderr, flush=True)
+        self._print(f"{line}\n")
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # the terminal may be gone
+            print(text, end="", file=sys.stderr, flush=True)
 
     def draw(self) -> None:
         """At most once a second."""
         if self.live and time.monotonic() >= self.next:
-            self.next = time.monotonic() + 1.0
             columns, rows = shutil.get_terminal_size()
             text = self.board.table(max(3, rows - 4), columns - 1)
             self._clear()
-            print(text, file=sys.stderr, flush=True)
-            self.lines = text.count("\n") + 1
+            self._print(f"{text}\n")
+            self.lines, self.next = text.count("\n") + 1, time.monotonic() + 1.0
 
     def _clear(self) -> None:
         if self.lines:
-            print(f"\x1b[{self.lines}F\x1b[J", end="", file=sys.stderr)
+            self._print(f"\x1b[{self.lines}F\x1b[J")
             self.lines, self.next = 0, 0.0
 
     def close(self) -> None:
         """The whole table, to stay."""
-        self._clear()
-        print(self.board.table(), file=sys.stderr, flush=True)
+        self.say(self.board.table())
 
 
 # ---- locks --------------------------------------------------------------------------------------------

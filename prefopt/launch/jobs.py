@@ -149,7 +149,8 @@ def _tell(job: Job, again: bool = False) -> None:
 def signals() -> Iterator[list[int]]:
     """Ctrl-C, SIGTERM and a lost terminal, in the order in which they came. Jobs are in sessions of their own and get what is passed on."""
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]  # nohup means that a terminal may go
     old = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in numbers}
     try:
         yield came

@@ -113,6 +113,10 @@ def test_on_a_terminal_the_table_is_drawn_in_place(tmp_path, monkeypatch, capsys
     screen.draw()
     screen.draw()
     assert capsys.readouterr().err.count("state") == 1, "once a second is enough"
+    screen.next = 0.0
+    screen.draw()
+    screen.draw()
+    assert capsys.readouterr().err.count("\x1b[3F\x1b[J") == 1
     screen.say("job 1 failed")
     assert capsys.readouterr().err == "\x1b[3F\x1b[Jjob 1 failed\n"
     screen.close()
