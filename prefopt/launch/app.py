@@ -88,6 +88,9 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     args.overrides = [re.sub(r"^\+(adapter|transforms|experiment|sweep|debug)=", r"\1=", o) for o in args.overrides]
     # A question is free text: its commas, quotes and colons mean nothing to Hydra.
     args.overrides = [_quoted(o) if o.startswith("prompt=") else o for o in args.overrides]
+    if not (args.multirun or args.cfg or any("hydra.mode=" in word for word in args.overrides)):
+        if word := next((o for o in args.overrides if re.match(r"sweep=(?!null$|\[\]$)", o)), None):
+            raise UserError(f"{word} names the jobs of a sweep: prefopt train -m {word}")
     for word in args.overrides:
         if word.startswith("~") and (key := word[1:].partition("=")[0]) not in GROUPS and not key.startswith("hydra"):
             raise UserError(f"{word}: a key cannot be taken away, it would silently fall back to a default; set it: {key}=...")

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import UserError
@@ -189,33 +190,40 @@ def run_apart(job: Job, cfg: TrainConfig, words: list[str]) -> tuple[str, str]:
     """(state, message) of a claimed run in processes of its own, whose output goes to log.txt in its folder."""
     folder = Path(cfg.run_dir)
     with open(folder / "log.txt", "ab") as log:
-        # The processes of a sweep that was killed have gone on: this run is theirs until they end.
-        if not hold(log):
-            where = f" (process group {job.left})" if job.left else ""
-            print(f"job {job.number + 1}: what an earlier start of the sweep began still runs{where}; waiting for its end", file=sys.stderr)
-            while not hold(log):
-                job.group = job.left
-                time.sleep(0.2)
-        job.group = None
-        if read_status(folder).get("state") == "finished":
-            return "finished", ""
-        if job.asked:
-            return job.asked, job.why
-        process = subprocess.Popen(worker_command(cfg), env=environment(job, cfg, words), stdout=log, stderr=log,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)
-        job.group = process.pid
-        try:
-            code = process.wait()
-        finally:
-            job.group = None
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # nothing of the group is left behind
+        _wait_for_others(job, log)
+        finished = read_status(folder).get("state") == "finished"
+        code = None if finished or job.asked else _run(job, cfg, words, log)
     hide_secrets(folder / "log.txt")
-    if code == 0:
+    if finished or code == 0:
         return "finished", ""
     if job.asked:
         return job.asked, job.why
     return _why(folder, code)
+
+
+def _wait_for_others(job: Job, log: IO) -> None:
+    """The processes of a sweep that was killed go on: the run is theirs until they end."""
+    if hold(log):
+        return
+    where = f" (process group {job.left})" if job.left else ""
+    print(f"job {job.number + 1}: what an earlier start of the sweep began still runs{where}; waiting for its end", file=sys.stderr)
+    job.group = job.left
+    while not hold(log):
+        time.sleep(0.2)
+    job.group = None
+
+
+def _run(job: Job, cfg: TrainConfig, words: list[str], log: IO) -> int:
+    """The exit code of the run's process group, of which nothing is left behind."""
+    process = subprocess.Popen(worker_command(cfg), env=environment(job, cfg, words), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                               start_new_session=True)
+    job.group = process.pid
+    try:
+        return process.wait()
+    finally:
+        job.group = None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _why(folder: Path, code: int) -> tuple[str, str]:

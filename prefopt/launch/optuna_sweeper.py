@@ -121,6 +121,7 @@ class Search(Given):
         for number, trial in sorted(last.items()):
             if trial.state == states.RUNNING:
                 left.append(optuna.trial.Trial(self.study, trial._trial_id))
+                self.seen[number] = max(trial.intermediate_values, default=0)
             elif trial.state == states.FAIL and self.launcher.retry_failed:
                 self.study.enqueue_trial(trial.params, user_attrs={"job": number})
         return left

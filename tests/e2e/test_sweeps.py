@@ -79,7 +79,7 @@ def test_failures_are_recorded_and_tried_again(capsys):
     assert "3 of 4 jobs failed" in said and "job 1 failed after" in said and "optim.lr=0.4" in said
     text = sweep_status(capsys)
     assert "4 jobs: 1 failed, 1 finished, 2 out of memory" in text and "prefopt sweep resume sweep goes on with it" in text
-    assert "3/3" in text and "accuracy 0.83" in text and "0.3333" in text
+    assert "3/3" in text and "true_reward -0.1" in text and "0.3333" in text
 
     assert main(["sweep", "resume", "sweep", "--only-unfinished"]) == 1
     assert counts() == {"0": 1, "1": 1, "2": 1, "3": 1}
@@ -163,6 +163,7 @@ def test_what_a_resume_cannot_do(monkeypatch, capsys, tmp_path):
     assert "did you mean 'resume'" in refused("sweep", "resum", "sweep")
     assert "does not know --only" in refused("sweep", "resume", "sweep", "--only")
     assert "takes one folder" in refused("sweep", "status")
+    assert "sweep=seeds names the jobs of a sweep: prefopt train -m sweep=seeds" in refused("train", *BANDIT, "sweep=seeds")
     assert "must be at least 1" in refused("train", "-m", *BANDIT, "seed=0,1", "hydra.launcher.jobs=0")
     assert "the jobs of a sweep run on this one" in refused("train", "-m", *BANDIT, "seed=0,1", "hardware.nodes=2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
