@@ -165,7 +165,7 @@ def test_what_a_resume_cannot_do(monkeypatch, capsys, tmp_path):
     assert "takes one folder" in refused("sweep", "status")
     assert "sweep=seeds names the jobs of a sweep: prefopt train -m sweep=seeds" in refused("train", *BANDIT, "sweep=seeds")
     assert "must be at least 1" in refused("train", "-m", *BANDIT, "seed=0,1", "hydra.launcher.jobs=0")
-    assert "the jobs of a sweep run on this one" in refused("train", "-m", *BANDIT, "seed=0,1", "hardware.nodes=2")
+    assert "the jobs of a sweep run on this" in refused("train", "-m", *BANDIT, "seed=0,1", "hardware.nodes=2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert "asks for 4 GPUs, and this machine shows 2 (0, 1)" in refused("train", "-m", *BANDIT, "seed=0,1", "hardware.processes=4")
     Path("sweep/sweep.json").write_text("[{}]")
