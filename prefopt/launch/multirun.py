@@ -25,7 +25,7 @@ from prefopt.launch.stages import Stage, stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.deepspeed_json import check_zero
-from prefopt.training.rundir import claim, read_status, release, write_atomic
+from prefopt.training.rundir import claim, hide_secrets, read_status, release, write_atomic
 
 
 class JobLauncher(Launcher):
@@ -101,12 +101,6 @@ class Board:
             note = f"  ({job['message'].splitlines()[-1][:160]})" if job["state"] == "failed" and job["message"] else ""
             lines.append(f"{job['state']:<9} {job['seconds']:>8.1f}  {' '.join(job['overrides']) or 'no overrides'}{note}")
         return "\n".join(lines)
-
-
-def hide_secrets(file: Path) -> None:
-    """Takes what looks like a secret out of a text file that was written by others."""
-    if file.exists() and (clean := redact(text := file.read_text(errors="replace"))) != text:
-        write_atomic(file, clean)
 
 
 def run_job(cfg: TrainConfig, overrides: list[str], first: Sequence[Stage] = ()) -> tuple[str, str]:
