@@ -34,8 +34,8 @@ EXAMPLES = {
 # Commands that have no file of their own in `conf/`.
 HEADERS = {"plan": ["prefopt plan: what a run would take in memory, FLOPs, time and disk, before anything is loaded. Takes what prefopt "
                     "train takes."],
-           "launch": ["prefopt launch --print: the commands or the batch script with which prefopt train would start a run on its machines. "
-                      "Takes what prefopt train takes; starts nothing."]}
+           "launch": ["prefopt launch --print: the commands or the batch script with which prefopt train would start a run on its "
+                      "machines. Takes what prefopt train takes; starts nothing."]}
 
 OTHERS = {
     "list": """prefopt list [GROUP] [--view VIEW] [--needs NEED] [--modality MODALITY]: what there is to choose from

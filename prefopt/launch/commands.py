@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt.config.schema import TrainConfig
-from prefopt.launch.nodes import PORT, node_words, passed_environment, read_hostfile, remote_script, split_address, ssh_command, ssh_rendezvous
+from prefopt.launch.nodes import (
+    PORT,
+    node_words,
+    passed_environment,
+    read_hostfile,
+    remote_script,
+    split_address,
+    ssh_command,
+    ssh_rendezvous,
+)
 from prefopt.launch.slurm import SCRIPT, job_script
 
 

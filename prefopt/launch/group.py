@@ -1,4 +1,4 @@
-"""A process that torchrun, accelerate or srun has started beside others: it joins them. Rank 0 composes the config, the others receive it."""
+"""A process that torchrun, accelerate or srun has started beside others joins them: rank 0 composes the config, the others receive it."""
 
 from __future__ import annotations
 

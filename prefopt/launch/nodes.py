@@ -24,8 +24,8 @@ from prefopt.training.signals import STOPS
 
 PORT = 29400  # torch elastic's
 # What the processes on other machines need of this one's environment, beside what they have of their own. Sent over stdin, never as words.
-PASSED = re.compile(r"(PREFOPT|HF|HUGGING_FACE|TRANSFORMERS|DIFFUSERS|WANDB|TORCH|TORCHINDUCTOR|PYTORCH|CUDA|NCCL|GLOO|OMP|MKL|DS|DEEPSPEED|"
-                    r"TOKENIZERS)_\w+|PATH|PYTHONPATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CONDA_PREFIX|HTTPS?_PROXY|https?_proxy|no_proxy|NO_PROXY")
+PASSED = re.compile(r"(PREFOPT|HF|HUGGING_FACE|TRANSFORMERS|DIFFUSERS|WANDB|TORCH|TORCHINDUCTOR|PYTORCH|CUDA|NCCL|GLOO|OMP|MKL|DS|"
+                    r"DEEPSPEED|TOKENIZERS)_\w+|PATH|PYTHONPATH|LD_LIBRARY_PATH|VIRTUAL_ENV|CONDA_PREFIX|HTTPS?_PROXY|https?_proxy|no_proxy|NO_PROXY")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -77,8 +77,8 @@ def check_nodes(cfg: TrainConfig, fixed_folder: bool) -> None:
     if hardware.launcher != "local" or hardware.nodes == 1:
         return
     if hardware.rendezvous is None:
-        raise UserError(f"hardware={hardware.name} wants {hardware.nodes} machines and does not say where they meet; run the command on each "
-                        f"of them with hardware.rendezvous=HOST:{PORT}, HOST being one of them (prefopt launch --print hardware="
+        raise UserError(f"hardware={hardware.name} wants {hardware.nodes} machines and does not say where they meet; run the command on "
+                        f"each of them with hardware.rendezvous=HOST:{PORT}, HOST being one of them (prefopt launch --print hardware="
                         f"{hardware.name} prints it), or set hardware.launcher=ssh or slurm")
     split_address(hardware.rendezvous)
     if not fixed_folder:
@@ -143,8 +143,8 @@ def remote_script(words: Sequence[str], environment: dict[str, str]) -> str:
     command = shlex.join([sys.executable, "-m", "prefopt.cli", "train", *words])
     return "\n".join([
         "{", f"cd {shlex.quote(os.getcwd())} || exit 2", *lines, "exec 3<&0", f"{command} < /dev/null 3<&- &", "pid=$!",
-        '(while read -r name <&3; do kill -"$name" "$pid"; done; kill -TERM "$pid") 2> /dev/null &', "listener=$!", 'wait "$pid"', "code=$?",
-        'kill "$listener" 2> /dev/null', 'exit "$code"', "}", "",
+        '(while read -r name <&3; do kill -"$name" "$pid"; done; kill -TERM "$pid") 2> /dev/null &', "listener=$!",
+        'wait "$pid"', "code=$?", 'kill "$listener" 2> /dev/null', 'exit "$code"', "}", "",
     ])
 
 

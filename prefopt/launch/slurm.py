@@ -70,8 +70,8 @@ def submit(cfg: TrainConfig, words: Sequence[str]) -> str:
                         "cluster, or use hardware.launcher=local") from error
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"sbatch refused {folder / SCRIPT}: {said}. hardware.slurm.partition, account, time and options are where it can be "
-                        "mended")
+        raise UserError(f"sbatch refused {folder / SCRIPT}: {said}. It can be mended in hardware.slurm.partition, account, time and "
+                        "options")
     return done.stdout.strip().partition(";")[0]
 
 

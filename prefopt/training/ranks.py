@@ -1,5 +1,5 @@
-"""What each of several processes of a run leaves behind in RUN/logs: rank-N.log, all that it printed, and rank-N.json, where it is and how it
-ended. A process that hangs says nothing itself; the others, and whoever started it, read its file.
+"""What each of several processes of a run leaves behind in RUN/logs: rank-N.log, all that it printed, and rank-N.json, where it is and how
+it ended. A process that hangs says nothing itself; the others, and whoever started it, read its file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning): the first asks the loop to stop after the current step, a second ends the process at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning): the first asks the loop to stop after this step, a second ends the process at once."""
 
 from __future__ import annotations
 
