@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ PATIENCE = 10.0  # seconds that workers have to end by themselves when the run i
 
 
 def main() -> int:
+    die_with_parent()
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the agent's own notices would bury the workers' one sentence
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # elastic looks for GPUs, and only the workers are to touch CUDA
     os.environ[AGENT_ENV] = str(os.getpid())
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "15")  # seconds for the other workers when one has failed
-    die_with_parent()
     cfg = config_from(json.loads(os.environ[CONFIG_ENV]))
     agent = Agent(cfg)
     code, sentence = agent.run()
@@ -98,6 +99,8 @@ class Agent:
         return next((when for _, when in self.came if when - self.came[0][1] > BURST), None)
 
     def _elastic(self) -> None:
+        with _quiet_torch():
+            import torch  # noqa: F401
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
         from torch.distributed.launcher.api import elastic_launch
@@ -149,6 +152,19 @@ class Agent:
         return 1, (f"not all of {hardware.nodes} machines came to {hardware.rendezvous} within {hardware.timeout:g} s (hardware.timeout; "
                    f"{type(error).__name__}). The same command, with the same hydra.run.dir, has to run on each of them, and that port has "
                    "to be open: prefopt launch --print")
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Torch reads this when it is imported. A store that another machine has left would print stack traces; the workers keep theirs."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    given = name in os.environ
+    os.environ.setdefault(name, "ERROR")
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
 
 
 def _send(process: psutil.Process, number: int) -> None:

@@ -21,6 +21,7 @@ from prefopt.config.schema import TrainConfig
 from prefopt.data.fits import check_data
 from prefopt.errors import RunFailed, UserError
 from prefopt.launch.local import forwarding, worker_command, worker_environment
+from prefopt.launch.nodes import check_job
 from prefopt.launch.stages import Stage, stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
@@ -69,6 +70,7 @@ class JobLauncher(Launcher):
                 check_data(part)
                 check_trackers(part.tracker)
                 check_zero(part)
+            check_job(cfg.hardware)
             return overrides, cfg, first
         except UserError as error:
             raise UserError(f"job {number + 1} ({' '.join(overrides)}): {str(error).rstrip('.')}. No job was started.") from error

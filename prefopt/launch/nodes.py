@@ -86,6 +86,14 @@ def check_nodes(cfg: TrainConfig, fixed_folder: bool) -> None:
                         "file system that they share: hydra.run.dir=/shared/runs/mine")
 
 
+def check_job(hardware: HardwareConfig) -> None:
+    """Raises `UserError` for a job of a sweep that wants more than this machine."""
+    if hardware.launcher != "local" or hardware.nodes > 1:
+        raise UserError(f"the jobs of a sweep run on this machine, and hardware={hardware.name} is for others (hardware.launcher="
+                        f"{hardware.launcher}, hardware.nodes={hardware.nodes}); choose hardware of one machine, or run prefopt train once "
+                        "for each job")
+
+
 def read_hostfile(hardware: HardwareConfig) -> list[str]:
     """The first `nodes` machines of the hostfile. Raises `UserError` with file and line."""
     if hardware.hostfile is None:

@@ -116,7 +116,8 @@ def _who(records: Mapping[int, Any], rank: int) -> str:
 
 
 def _go_on(folder: Path) -> str:
-    return f"The same command with hydra.run.dir={folder} goes on from the last checkpoint."
+    goes_on = "goes on from the last checkpoint" if any((folder / "checkpoints").glob("step-*")) else "begins again: there is no checkpoint"
+    return f"The same command with hydra.run.dir={folder} {goes_on}."
 
 
 def _nccl_timeout(folder: Path, rank: int) -> bool:

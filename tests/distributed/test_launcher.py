@@ -6,10 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-
-import pytest
-import torch
-from safetensors.torch import load_file
+from pathlib import Path
 
 from tests.distributed.launching import BANDIT, LONG, begin, end, program, read, record, signal_rank, under_way, wait
 
@@ -55,7 +52,7 @@ def test_torchrun_is_joined_and_a_signal_to_one_rank_stops_all(tmp_path):
     assert all((folder / "logs" / f"rank-{rank}.log").exists() for rank in (0, 1))
 
 
-SRUN = """export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=127.0.0.1 SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=$TASKS SLURM_JOB_ID=7
+SRUN = """export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=127.0.0.1 SLURM_STEP_NUM_NODES=$NODES SLURM_STEP_NUM_TASKS=$TASKS SLURM_JOB_ID=7
 while [[ "$1" == --* ]]; do shift; done
 pids=()
 for ((i = 0; i < TASKS; i++)); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done
@@ -70,7 +67,7 @@ exit $code"""
 
 def test_srun_is_joined_and_contradictions_are_refused_once(tmp_path):
     program(tmp_path / "bin", "srun", SRUN)
-    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TASKS": "2"}
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TASKS": "2", "NODES": "1"}
     code, said = end(begin(*BANDIT, "hardware=cpu", before=("srun",), **environment))
     assert code == 2
     assert said.count("prefopt: srun started 2 processes, 2 on each machine, and hardware=cpu asks for 1 on each of 1") == 1
@@ -82,13 +79,14 @@ def test_srun_is_joined_and_contradictions_are_refused_once(tmp_path):
 
 
 def test_slurm_runs_the_job_again_until_it_is_finished(tmp_path):
-    """sbatch, srun and scontrol stand for SLURM: they run the script, pass the warning on and queue the job again."""
-    bin = tmp_path / "bin"
-    program(bin, "srun", SRUN)
-    program(bin, "sbatch", f'echo "${{@: -1}}" > {tmp_path}/script; echo 42')
-    program(bin, "scontrol", f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/requeued')
-    environment = {"PATH": f"{bin}:{os.environ['PATH']}", "TASKS": "1", "SLURM_JOB_ID": "42", "OMP_NUM_THREADS": "1"}
-    words = [*BANDIT, "train.steps=300", "train.save_every=100000", "hardware=cpu", "hardware.launcher=slurm"]
+    """sbatch, srun and scontrol stand for SLURM: they run the script, pass the warning on and queue the job again. Both "machines" are this
+    one, with a process each that meet at the port of the job."""
+    programs = tmp_path / "bin"
+    program(programs, "srun", SRUN)
+    program(programs, "sbatch", f'echo "${{@: -1}}" > {tmp_path}/script; echo 42')
+    program(programs, "scontrol", f'case "$1" in requeue) echo "$2" >> {tmp_path}/requeued;; show) echo 127.0.0.1;; esac')
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "TASKS": "2", "NODES": "2", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "here"}
+    words = [*BANDIT, "train.steps=500", "train.save_every=100000", "hardware=cpu", "hardware.nodes=2", "hardware.launcher=slurm"]
     words += [f"hydra.run.dir={tmp_path / 'run'}"]
     code, said = end(begin(*words, **environment))
     assert code == 0 and "job 42 is in the queue" in said
@@ -96,20 +94,21 @@ def test_slurm_runs_the_job_again_until_it_is_finished(tmp_path):
     assert script == str(tmp_path / "run" / "job.sh")
 
     def job() -> subprocess.Popen:
-        return subprocess.Popen(["bash", script], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(["bash", script], env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
     first = job()
     wait(lambda: '"step": 5,' in _text(tmp_path / "run" / "metrics.jsonl"), first)
     first.send_signal(signal.SIGUSR1)  # as SLURM does before the time limit
-    assert end(first)[0] == 0
+    code, said = end(first)
+    assert code == 0, said
     status = read(tmp_path / "run" / "status.json")
-    assert status["state"] == "stopped" and 5 <= status["step"] < 300
+    assert status["state"] == "stopped" and 5 <= status["step"] < 500
     assert (tmp_path / "requeued").read_text() == "42\n"
     code, said = end(job())
-    assert code == 0 and f"resuming after step {status['step']} of 300" in said
+    assert code == 0 and f"resuming after step {status['step']} of 500" in said
     assert read(tmp_path / "run" / "status.json")["state"] == "finished"
     assert (tmp_path / "requeued").read_text() == "42\n"  # a job that has finished is not queued again
 
 
-def _text(path) -> str:
+def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
