@@ -186,7 +186,8 @@ def launch_config(cfg: TrainConfig) -> Any:
         run, endpoint = hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode()).hexdigest(), hardware.rendezvous
         host, port = split_address(endpoint)
         settings["is_host"], address = can_listen(host, port), address_towards(host)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(address))
+        if interface := interface_of(address):  # gloo would take the one that the machine's name leads to, often the loopback
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return LaunchConfig(min_nodes=hardware.nodes, max_nodes=hardware.nodes, nproc_per_node=hardware.processes, run_id=run,
                         rdzv_backend="c10d", rdzv_endpoint=endpoint, rdzv_configs=settings, max_restarts=0, monitor_interval=0.2,
                         local_addr=address)

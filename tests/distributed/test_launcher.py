@@ -72,7 +72,8 @@ def test_srun_is_joined_and_contradictions_are_refused_once(tmp_path):
     assert code == 2
     assert said.count("prefopt: srun started 2 processes, 2 on each machine, and hardware=cpu asks for 1 on each of 1") == 1
     assert "set hardware.nodes=1 hardware.processes=2" in said
-    code, said = end(begin(*BANDIT, "train.steps=4", "hardware=2xcpu", f"hydra.run.dir={tmp_path / 'run'}", before=("srun",), **environment))
+    words = [*BANDIT, "train.steps=4", "hardware=2xcpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    code, said = end(begin(*words, before=("srun",), **environment))
     assert code == 0, said
     assert read(tmp_path / "run" / "status.json")["state"] == "finished"
     assert read(tmp_path / "run" / "manifest.json")["processes"] == 2
@@ -85,7 +86,8 @@ def test_slurm_runs_the_job_again_until_it_is_finished(tmp_path):
     program(programs, "srun", SRUN)
     program(programs, "sbatch", f'echo "${{@: -1}}" > {tmp_path}/script; echo 42')
     program(programs, "scontrol", f'case "$1" in requeue) echo "$2" >> {tmp_path}/requeued;; show) echo 127.0.0.1;; esac')
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "TASKS": "2", "NODES": "2", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "here"}
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "TASKS": "2", "NODES": "2", "SLURM_JOB_ID": "42",
+                   "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
     words = [*BANDIT, "train.steps=500", "train.save_every=100000", "hardware=cpu", "hardware.nodes=2", "hardware.launcher=slurm"]
     words += [f"hydra.run.dir={tmp_path / 'run'}"]
     code, said = end(begin(*words, **environment))
@@ -94,7 +96,7 @@ def test_slurm_runs_the_job_again_until_it_is_finished(tmp_path):
     assert script == str(tmp_path / "run" / "job.sh")
 
     def job() -> subprocess.Popen:
-        return subprocess.Popen(["bash", script], env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(["bash", script], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
 
     first = job()
     wait(lambda: '"step": 5,' in _text(tmp_path / "run" / "metrics.jsonl"), first)

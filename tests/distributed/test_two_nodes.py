@@ -64,9 +64,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_survives_a_machine_and_world_sizes_2_1_2_end_where_one_process_ends(nodes, tmp_path):
     """Started over ssh on two machines; one is lost in mid-run; goes on with one process, and then on two machines again."""
     run, shared = tmp_path / "run", [*BANDIT, f"train.steps={STEPS}", "train.save_every=10"]
+    cases = " ".join(f"{NODES[node]}) node={name};;" for node, name in nodes.items())
     program(tmp_path / "bin", "ssh", 'while [[ "$1" == -* ]]; do shift; [[ "$1" == *=* ]] && shift; done\n'
-                                     f'case "$1" in {NODES["a"]}) node={nodes["a"]};; {NODES["b"]}) node={nodes["b"]};; *) exit 255;; esac\n'
-                                     'exec ip netns exec "$node" bash -c "$2"')
+                                     f'case "$1" in {cases} *) exit 255;; esac\nexec ip netns exec "$node" bash -c "$2"')
     (tmp_path / "hosts").write_text(f"# two machines\n{NODES['a']} slots=1\n{NODES['b']}\n")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     over_ssh = ["hardware=cpu", "hardware.nodes=2", "hardware.launcher=ssh", f"hardware.hostfile={tmp_path / 'hosts'}"]
