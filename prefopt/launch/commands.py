@@ -30,7 +30,7 @@ def launch_text(cfg: TrainConfig, words: Sequence[str]) -> str:
         hosts = read_hostfile(hardware)
         remote = node_words(cfg, words, ssh_rendezvous(hosts, hardware))
         script = remote_script(remote, dict.fromkeys(passed_environment(), "..."))
-        each = "\n".join(f"{shlex.join(ssh_command(host))} < script" for host in hosts)
+        each = "\n".join(f"cat script - | {shlex.join(ssh_command(host))}" for host in hosts)  # the end of stdin ends the run
         return f"# on each of {len(hosts)} machines, {workers}\n{each}\n# script:\n{script}".rstrip()
     if hardware.nodes == 1:
         start = f"# on this machine, {workers}" if hardware.processes > 1 else "# on this machine, in one process"

@@ -16,6 +16,7 @@ from prefopt.launch.nodes import node_words
 from prefopt.training.rundir import write_atomic
 
 SCRIPT = "job.sh"
+CPUS = 8  # of a process, where hardware.threads does not say; SLURM's own default is one for the whole task
 
 
 def job_script(cfg: TrainConfig, words: Sequence[str], directory: Path) -> str:
@@ -28,7 +29,7 @@ def job_script(cfg: TrainConfig, words: Sequence[str], directory: Path) -> str:
         "dependency": "singleton",  # of the same name, which is the run's: never two jobs in one folder
         "nodes": hardware.nodes, "ntasks-per-node": 1,
         "gpus-per-node": hardware.processes if hardware.device in ("auto", "cuda") else None,
-        "cpus-per-task": hardware.threads and hardware.threads * hardware.processes,
+        "cpus-per-task": hardware.processes * (hardware.threads or CPUS),
         "partition": slurm.partition, "account": slurm.account, "time": slurm.time, "signal": f"B:USR1@{slurm.grace}",
         "open-mode": "append", "output": folder / "logs" / "slurm-%j.log", "chdir": directory,
     }
@@ -43,6 +44,7 @@ def job_script(cfg: TrainConfig, words: Sequence[str], directory: Path) -> str:
         "#!/bin/bash", *lines, "",
         "# SLURM warns this shell before the time limit. The run then writes a checkpoint and stops, and the job is queued again.",
         *(rendezvous if meets else []),
+        'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it from the job',
         "warned=0",
         "trap 'warned=1; kill -USR1 \"$step\"' USR1",
         f"srun --kill-on-bad-exit=0 {command} &",
