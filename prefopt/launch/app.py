@@ -190,7 +190,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         note(Path(part.run_dir).absolute())
     if ahead := leader():
         check_world(cfg.hardware, ahead.group)
-    check_nodes(cfg, fixed_folder=_fixed_folder())
+    else:
+        check_nodes(cfg, fixed_folder=_fixed_folder())
     folder, words = Path(cfg.run_dir), sys.argv[2:]
     if claim(cfg, cfg.algo["name"]) == "finished":
         print(f"{folder} is finished; choose another hydra.run.dir to run again", file=sys.stderr)

@@ -20,7 +20,7 @@ from prefopt.config.schema import HardwareConfig, SlurmConfig, TrainConfig
 from prefopt.errors import UserError
 from prefopt.launch import nodes
 from prefopt.launch.commands import launch_text
-from prefopt.launch.group import Group, check_world, first_host, is_worker, joined
+from prefopt.launch.group import Group, Leader, check_world, first_host, is_worker, joined
 from prefopt.launch.slurm import job_script
 from prefopt.launch.verdict import conclude, verdict
 from prefopt.training.ranks import kind_of, record_path
@@ -159,6 +159,17 @@ def test_groups_are_noticed_and_what_is_none_is_not():
     assert is_worker(joined(SRUN), ["hardware=2xcpu"])
     assert not is_worker(joined(SRUN), ["hardware.rendezvous=a:29400"])  # one process per machine, which starts its own
     assert is_worker(joined(TORCHRUN), ["hardware.rendezvous=a:29400"])
+
+
+@pytest.mark.parametrize("words, said", [
+    (["-m", "seed=0,1"], "torchrun has started this one; run the sweep without torchrun"),
+    (["hardware=2x8xh100_zero3"], "set hardware.nodes=2 hardware.processes=2"),
+])
+def test_rank_0_of_a_group_refuses_what_cannot_be_joined(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("prefopt.launch.group._leader", Leader(joined(TORCHRUN)))
+    assert main(["train", "algo=dpo", "model=bandit", "data=bandit", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name, said", [
