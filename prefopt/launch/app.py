@@ -34,7 +34,7 @@ from prefopt.launch import multirun
 from prefopt.launch.commands import launch_text
 from prefopt.launch.group import check_world, follow, is_worker, joined, leader, leading, settle
 from prefopt.launch.local import join, run_here
-from prefopt.launch.nodes import can_listen, check_nodes, run_over_ssh, split_address
+from prefopt.launch.nodes import check_nodes, run_over_ssh, tidies_up
 from prefopt.launch.slurm import SCRIPT, submit
 from prefopt.launch.stages import run_stages, stages_of
 from prefopt.launch.worker import config_from
@@ -208,8 +208,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
             return {}
         return run_stages(first, cfg.run_dir) or run_here(cfg)
     finally:
-        # Of several machines, the one where they meet tidies up.
-        if not submitted and (cfg.hardware.rendezvous is None or can_listen(split_address(cfg.hardware.rendezvous)[0])):
+        if not submitted and tidies_up(cfg.hardware):
             release(folder)
 
 

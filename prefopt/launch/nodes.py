@@ -86,6 +86,11 @@ def check_nodes(cfg: TrainConfig, fixed_folder: bool) -> None:
                         "file system that they share: hydra.run.dir=/shared/runs/mine")
 
 
+def tidies_up(hardware: HardwareConfig) -> bool:
+    """Whether this is the machine that takes a claim back when nothing began: of several, the one where they meet."""
+    return hardware.nodes == 1 or hardware.rendezvous is None or can_listen(split_address(hardware.rendezvous)[0])
+
+
 def check_job(hardware: HardwareConfig) -> None:
     """Raises `UserError` for a job of a sweep that wants more than this machine."""
     if hardware.launcher != "local" or hardware.nodes > 1:
