@@ -17,6 +17,7 @@ usage: prefopt <command> [overrides]
 
   train [overrides]        one run, or with -m a sweep       prefopt train algo=simpo model=tiny-lm
   plan [overrides]         memory, FLOPs and time of a run   prefopt plan algo=dpo model=llama3-8b hardware=8xgpu
+  launch --print           commands of a run, by machine     prefopt launch --print hardware=2x8xh100_zero3
   eval run=FOLDER          judge a finished run              prefopt eval run=runs/...
   sample run=FOLDER        let a trained policy answer       prefopt sample run=runs/... prompt="..."
   label [overrides]        rows relabelled by a reward model prefopt label reward.path=runs/rm data=... output=rows.jsonl
@@ -37,8 +38,8 @@ hydra.run.dir=FOLDER, --config-dir FOLDER for your own groups, --cfg job to prin
 prefopt <command> --help says more about a command and lists its groups and keys.
 """
 
-COMMANDS = ("train", "plan", "eval", "sample", "label", "compare", "runs", "sweep", "store", "merge", "export", "list", "show", "data",
-            "doctor", "completion")
+COMMANDS = ("train", "plan", "launch", "eval", "sample", "label", "compare", "runs", "sweep", "store", "merge", "export", "list", "show",
+            "data", "doctor", "completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +61,10 @@ def dispatch(argv: list[str]) -> Any:
         print(f"prefopt {__version__}")
     elif command in ("train", "plan", "eval", "sample", "label"):
         return _hydra(command, rest)
+    elif command == "launch":
+        if "--print" not in rest:
+            raise UserError("prefopt launch prints what prefopt train would start, and starts nothing: prefopt launch --print ...")
+        return _hydra("launch", [word for word in rest if word != "--print"])
     elif command == "data":
         if rest[:1] != ["check"]:
             said = f"unknown command 'data {rest[0]}'" if rest else "prefopt data is no command of its own"
@@ -125,38 +130,41 @@ def _hydra(command: str, overrides: list[str]) -> Any:
     return run(command, overrides)
 
 
-def guarded(work: Callable[[], Any], quiet: bool = False) -> int:
-    """Runs `work`; turns what a user can mend into one sentence and exit code 2, a failed run into exit code 1."""
+def _print(message: str, code: int) -> None:
+    print(f"prefopt: {message}", file=sys.stderr)
+
+
+def guarded(work: Callable[[], Any], say: Callable[[str, int], None] = _print) -> int:
+    """Runs `work`; turns what a user can mend into one sentence, for `say`, and exit code 2, a failed run into exit code 1."""
     try:
         result = work()
     except UserError as error:
-        return _say(error, error.exit_code, quiet)
+        return _say(error, error.exit_code, say)
     except RunFailed as error:
-        return _say(error, error.exit_code, quiet)
+        return _say(error, error.exit_code, say)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _say(f"the disk is full ({error.filename or 'writing'}); free some space and repeat the command, it goes on from the "
-                        "last checkpoint", 2, quiet)
+                        "last checkpoint", 2, say)
         if error.errno == errno.EPIPE:  # the reader of `prefopt list | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         if error.errno in (errno.EACCES, errno.EROFS):
-            return _say(f"{error.filename}: cannot be written here ({error.strerror}); choose another hydra.run.dir", 2, quiet)
+            return _say(f"{error.filename}: cannot be written here ({error.strerror}); choose another hydra.run.dir", 2, say)
         raise
     except SystemExit as end:  # Hydra after --help and --info, a worker with its own exit code
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
-        return _say("stopped", 130, quiet)
+        return _say("stopped", 130, say)
     if isinstance(result, dict) and "stopped" in result:
-        return 143 if result["stopped"] == "SIGTERM" else 130
+        return 130 if result["stopped"] == "SIGINT" else 143
     return 0
 
 
-def _say(message: object, code: int, quiet: bool) -> int:
+def _say(message: object, code: int, say: Callable[[str, int], None]) -> int:
     if os.environ.get("PREFOPT_DEBUG") == "1" and sys.exc_info()[1] is not None:
         raise  # the traceback, for those who ask for it
-    if not quiet:
-        print(f"prefopt: {message}", file=sys.stderr)
+    say(str(message), code)
     return code
 
 

@@ -23,6 +23,8 @@ EXAMPLES = {
   prefopt train hydra.run.dir=runs/mine                       the run's folder; the same command continues a killed run""",
     "plan": "examples\n  prefopt plan algo=dpo model=smollm2-135m data=jsonl data.path=pairs.jsonl\n"
             "  prefopt plan model=llama3-8b hardware=8xgpu hardware.memory_gb=80 hardware.peak_tflops=989   for another machine",
+    "launch": "examples\n  prefopt launch --print hardware=8xh100_zero3_slurm hydra.run.dir=runs/mine           the batch script\n"
+              "  prefopt launch --print hardware=2x8xh100_zero3 hydra.run.dir=/shared/runs/mine       the command for each machine",
     "eval": "example\n  prefopt eval run=runs/mine prompts=128 sampler=greedy",
     "sample": "example\n  prefopt sample run=runs/mine prompt=\"Tell me about the fox at the harbour.\" count=2",
     "label": "example\n  prefopt label reward.path=runs/rm data=jsonl data.path=pairs.jsonl output=labelled.jsonl labels=soft",
@@ -31,7 +33,9 @@ EXAMPLES = {
 
 # Commands that have no file of their own in `conf/`.
 HEADERS = {"plan": ["prefopt plan: what a run would take in memory, FLOPs, time and disk, before anything is loaded. Takes what prefopt "
-                    "train takes."]}
+                    "train takes."],
+           "launch": ["prefopt launch --print: the commands or the batch script with which prefopt train would start a run on its "
+                      "machines. Takes what prefopt train takes; starts nothing."]}
 
 OTHERS = {
     "list": """prefopt list [GROUP] [--view VIEW] [--needs NEED] [--modality MODALITY]: what there is to choose from

@@ -13,8 +13,8 @@ from prefopt.config import catalogue
 from prefopt.config.schema import CHOICES, COMMANDS, all_keys, config_of, nested
 from prefopt.errors import UserError, nearest
 
-TOP = ("train", "plan", "eval", "sample", "label", "compare", "runs", "sweep", "store", "merge", "export", "list", "show", "data", "doctor",
-       "completion", "--help", "--version")
+TOP = ("train", "plan", "launch", "eval", "sample", "label", "compare", "runs", "sweep", "store", "merge", "export", "list", "show",
+       "data", "doctor", "completion", "--help", "--version")
 OPTIONS = ("--multirun", "-m", "--cfg", "--resolve", "--info", "--help", "--config-dir", "-cd", "--config-name", "-cn", "--package",
            "--hydra-help", "--version", "--run")
 AFTER = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all")}
@@ -116,7 +116,7 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
     if last in ("--config-dir", "-cd"):
         return _paths(current, folders=True)
     if current.startswith("-"):
-        return OPTIONS
+        return (*OPTIONS, "--print") if command == "launch" else OPTIONS
     return _override(command, before, current)
 
 

@@ -452,14 +452,14 @@ class LabelConfig:
 
 
 COMMANDS = {
-    "train": TrainConfig, "plan": TrainConfig, "eval": EvalConfig, "sample": SampleConfig, "data_check": DataCheckConfig,
-    "label": LabelConfig,
+    "train": TrainConfig, "plan": TrainConfig, "launch": TrainConfig, "eval": EvalConfig, "sample": SampleConfig,
+    "data_check": DataCheckConfig, "label": LabelConfig,
 }  # fmt: skip
 
 
 def config_of(command: str) -> str:
     """The file in `conf/` that a command is composed from."""
-    return "train" if command == "plan" else command
+    return "train" if command in ("plan", "launch") else command
 
 
 def nested(f: Field) -> type | None:

@@ -31,8 +31,13 @@ from prefopt.config.stages import quote
 from prefopt.data.fits import check_data
 from prefopt.errors import UserError, nearest
 from prefopt.launch import multirun
-from prefopt.launch.local import run_here
+from prefopt.launch.commands import launch_text
+from prefopt.launch.group import check_world, follow, is_worker, joined, leader, leading, settle
+from prefopt.launch.local import join, run_here
+from prefopt.launch.nodes import check_nodes, run_over_ssh, tidies_up
+from prefopt.launch.slurm import SCRIPT, submit
 from prefopt.launch.stages import run_stages, stages_of
+from prefopt.launch.worker import config_from
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.deepspeed_json import check_zero
@@ -40,7 +45,20 @@ from prefopt.training.rundir import claim, release
 
 
 def run(command: str, words: list[str]) -> Any:
-    """Runs `train`, `plan`, `eval`, `sample`, `label` or `data_check` with the command line `words`; returns what the command returned."""
+    """Runs `train`, `plan`, `launch`, `eval`, `sample`, `label` or `data_check` with the command line `words`; returns what the command
+    returned. Under torchrun, accelerate or srun, rank 0 of `train` composes and the others do what it says."""
+    group = joined()
+    if command != "train" or not is_worker(group, words):
+        return compose_and_run(command, words)
+    settle(group)
+    if group.rank > 0:
+        return follow(lambda plain: join(config_from(plain)))
+    with leading(group):
+        return compose_and_run(command, words)
+
+
+def compose_and_run(command: str, words: list[str]) -> Any:
+    """One command in this process, with Hydra."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and the sentence is ours
     version.setbase("1.3")
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", redact(str(text))), replace=True)
@@ -52,6 +70,9 @@ def run(command: str, words: list[str]) -> Any:
     args = parse(parser, words)
     if args.multirun and command != "train":
         raise UserError(f"-m makes sweeps of prefopt train; run prefopt {' '.join(command.split('_'))} once for each")
+    if args.multirun and (ahead := leader()):
+        by = ahead.group.by
+        raise UserError(f"-m starts the processes of each job itself, and {by} has started this one; run the sweep without {by}")
     result: list[Any] = []
     failed: list[BaseException] = []
     MADE.clear()
@@ -171,13 +192,37 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         check_trackers(part.tracker)
         check_zero(part)
         note(Path(part.run_dir).absolute())
+    if ahead := leader():
+        check_world(cfg.hardware, ahead.group)
+    else:
+        check_nodes(cfg, fixed_folder=_fixed_folder())
+    folder, words = Path(cfg.run_dir), sys.argv[2:]
     if claim(cfg, cfg.algo["name"]) == "finished":
-        print(f"{cfg.run_dir} is finished; choose another hydra.run.dir to run again", file=sys.stderr)
+        print(f"{folder} is finished; choose another hydra.run.dir to run again", file=sys.stderr)
         return {"finished": True}
+    submitted = False
     try:
+        if cfg.hardware.launcher == "slurm":
+            job, submitted = submit(cfg, words), True
+            print(f"job {job} is in the queue: {folder / SCRIPT}; it writes to {folder / 'logs'}/slurm-{job}.log", file=sys.stderr)
+            return {"submitted": job}
+        if cfg.hardware.launcher == "ssh":
+            if code := run_over_ssh(cfg, words):
+                raise SystemExit(code)
+            return {}
         return run_stages(first, cfg.run_dir) or run_here(cfg)
     finally:
-        release(Path(cfg.run_dir))
+        if not submitted and tidies_up(cfg.hardware):
+            release(folder)
+
+
+def launch(cfg: TrainConfig) -> None:
+    print(launch_text(cfg, sys.argv[2:]))
+
+
+def _fixed_folder() -> bool:
+    """Whether the run folder is the same each time the command is run."""
+    return "${now" not in str(OmegaConf.to_container(HydraConfig.get().run, resolve=False)["dir"])
 
 
 def plan(cfg: TrainConfig) -> None:
@@ -215,4 +260,4 @@ def data_check(cfg: Any) -> None:
     print(check_text(cfg))
 
 
-TASKS = {"train": train, "plan": plan, "eval": evaluate, "sample": sample, "label": label, "data_check": data_check}
+TASKS = {"train": train, "plan": plan, "launch": launch, "eval": evaluate, "sample": sample, "label": label, "data_check": data_check}

@@ -24,7 +24,8 @@ from prefopt.launch.local import worker_command, worker_environment
 from prefopt.launch.machine import Machine, Share
 from prefopt.launch.stages import Stage
 from prefopt.tracking.redact import redact
-from prefopt.training.rundir import claim, read_status, release, write_atomic
+from prefopt.training.ranks import forget_records
+from prefopt.training.rundir import claim, hide_secrets, read_status, release
 
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|memory ran out|MemoryError|n(o|')t allocate memory|ALLOC_FAILED")
 
@@ -215,6 +216,7 @@ def _wait_for_others(job: Job, log: IO) -> None:
 
 def _run(job: Job, cfg: TrainConfig, words: list[str], log: IO) -> int:
     """The exit code of the run's process group, of which nothing is left behind."""
+    forget_records(Path(cfg.run_dir))
     process = subprocess.Popen(worker_command(cfg), env=environment(job, cfg, words), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                start_new_session=True)
     job.group = process.pid
@@ -259,12 +261,6 @@ def left_of(recorded: str) -> int | None:
     """The process group that a board has recorded, if it is one of this machine."""
     host, _, group = recorded.rpartition(":")
     return int(group) if host == socket.gethostname() and group.isdigit() else None
-
-
-def hide_secrets(file: Path) -> None:
-    """Takes what looks like a secret out of a text file that was written by others."""
-    if file.exists() and (clean := redact(text := file.read_text(errors="replace"))) != text:
-        write_atomic(file, clean)
 
 
 def warn_if_shared(machine: Machine, jobs: Sequence[Job]) -> None:

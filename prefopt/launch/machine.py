@@ -36,10 +36,6 @@ class Machine:
 
     def check(self, hardware: HardwareConfig) -> None:
         """Raises `UserError` for a job that this machine cannot run."""
-        if hardware.nodes > 1 or hardware.launcher != "local":
-            raise UserError(f"hardware={hardware.name} runs on other machines (hardware.nodes={hardware.nodes}, hardware.launcher="
-                            f"{hardware.launcher}), and the jobs of a sweep run on this one; choose another hardware, or start each run "
-                            "with prefopt train")
         if self.gpus and (need := self._gpus(hardware)) > len(self.gpus):
             raise UserError(f"hardware.processes={need} asks for {need} GPUs, and this machine shows {len(self.gpus)} "
                             f"({', '.join(self.gpus)}); set hardware.processes={len(self.gpus)}")

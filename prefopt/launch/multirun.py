@@ -18,14 +18,15 @@ from prefopt.config.compose import typed
 from prefopt.data.fits import check_data
 from prefopt.errors import RunFailed, UserError
 from prefopt.launch.board import DONE, FAILED, Board, only_one
-from prefopt.launch.jobs import Given, Job, hide_secrets, left_of, run_jobs, warn_if_shared
+from prefopt.launch.jobs import Given, Job, left_of, run_jobs, warn_if_shared
 from prefopt.launch.machine import Machine
+from prefopt.launch.nodes import check_job
 from prefopt.launch.optuna_sweeper import OptunaSweeper
 from prefopt.launch.stages import stages_of
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.deepspeed_json import check_zero
-from prefopt.training.rundir import write_atomic
+from prefopt.training.rundir import hide_secrets, write_atomic
 
 __all__ = ["JobLauncher", "OptunaSweeper"]  # what Hydra looks for here
 
@@ -76,6 +77,7 @@ class JobLauncher(Launcher):
                 check_data(part)
                 check_trackers(part.tracker)
                 check_zero(part)
+                check_job(part.hardware)
                 self.machine.check(part.hardware)
             return Job(number, overrides, cfg, first, label=" ".join(overrides))
         except UserError as error:

@@ -64,7 +64,7 @@ def redact(value: Any, name: str = "") -> Any:
     Removed are values whose name says secret, strings which look like access tokens, and the values that
     secret-named environment variables hold now, wherever they appear.
     """
-    known = {v for k, v in os.environ.items() if len(v) >= 8 and is_secret_name(k)}
+    known = {v for k, v in os.environ.items() if len(v) >= 8 and is_secret_name(k) and k not in ("PWD", "OLDPWD")}
     return _redact(value, name, sorted(known, key=len, reverse=True))
 
 

@@ -18,7 +18,7 @@ from prefopt.errors import RunFailed, UserError, nearest
 from prefopt.report.alarms import alarms
 from prefopt.report.run_report import write_report
 from prefopt.tracking.tracker import JsonlTracker, read_jsonl
-from prefopt.training import checkpoint
+from prefopt.training import checkpoint, ranks
 from prefopt.training.engine import learning_rate
 from prefopt.training.plan_text import out_of_memory
 from prefopt.training.progress import Progress
@@ -120,6 +120,7 @@ class Log:
 
     def step(self, step: int, result: Any) -> None:
         """Writes a step's row; stops the run when too many steps in a row had to be skipped."""
+        ranks.at(step)
         self.tokens += int(result.effort.tokens)
         row = {
             "step": step, "seconds": self.seconds, "split": "train", "loss": result.loss, "grad_norm": result.grad_norm,

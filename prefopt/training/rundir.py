@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from prefopt.tracking.redact import redact
 
 # Keys that may change between the first start and a resume: they decide where and how a run goes, not what it computes.
 NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware", "reference.store", "reference.store_limit_gb")
+# Written before a run begins: a sweep's log of a job, logs of processes, what SLURM is given, finished stages.
+LEFT = ("log.txt", "logs", "job.sh", FOLDER)
 PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hydra-core", "omegaconf", "wandb")
 
 
@@ -63,12 +66,13 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
         if cfg.resume == "never":
             raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
         return "finished" if read_status(folder).get("state") == "finished" else "resume"
-    # A job of a sweep leaves its log.txt, even if it never began, and a run that never came to itself has finished stages.
-    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name not in ("log.txt", FOLDER))):
+    # What a run may leave that never began, and what another machine is writing for the same run just now.
+    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name not in LEFT and f.suffix != ".part")):
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {shown}); choose another hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(known, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    # The machines of a run claim it at once, and write the same.
+    write_atomic(known, yaml.safe_dump(config, sort_keys=False, allow_unicode=True), f".{uuid.uuid4().hex}")
     return "fresh"
 
 
@@ -164,9 +168,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames, so that no reader sees half a file."""
-    part = path.with_name(f".{path.name}.part")
+def write_atomic(path: Path, text: str, writer: str = "") -> None:
+    """Writes under a temporary name and renames, so that no reader sees half a file. Several writers at once need a name each."""
+    part = path.with_name(f".{path.name}{writer}.part")
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
@@ -174,6 +178,12 @@ def write_atomic(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write names no file of its own accord
     finally:
         part.unlink(missing_ok=True)
+
+
+def hide_secrets(file: Path) -> None:
+    """Takes what looks like a secret out of a text file that was written by others."""
+    if file.exists() and (clean := redact(text := file.read_text(errors="replace"))) != text:
+        write_atomic(file, clean)
 
 
 def _git() -> dict[str, Any] | None:

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from prefopt.config.mixtures import expanded
 from prefopt.config.schema import TrainConfig
@@ -139,7 +141,7 @@ def make_accelerator(cfg: TrainConfig) -> Accelerator:
     if cpu:
         _keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, where it is installed, warns that it found no GPU
-    return Accelerator(cpu=cpu)
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.hardware.timeout))])
 
 
 def _keep_freed_memory() -> None:
