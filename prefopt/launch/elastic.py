@@ -24,12 +24,13 @@ from typing import Any
 import psutil
 
 from prefopt.config.schema import TrainConfig
+from prefopt.errors import UserError
 from prefopt.launch.group import AGENT_ENV, CONFIG_ENV
 from prefopt.launch.nodes import address_towards, can_listen, interface_of, split_address
 from prefopt.launch.verdict import conclude, verdict
 from prefopt.launch.worker import config_from, die_with_parent
 from prefopt.tracking.redact import redact
-from prefopt.training.ranks import FOLDER, log_path, read_records
+from prefopt.training.ranks import FOLDER, forget_records, log_path, read_records
 from prefopt.training.rundir import hide_secrets, write_atomic
 from prefopt.training.signals import BURST, STOPS
 
@@ -68,6 +69,7 @@ class Agent:
         """(exit code, what the user should know)."""
         for number in STOPS:
             signal.signal(number, lambda n, _: self.came.append((n, time.monotonic())))
+        forget_records(self.folder)  # no worker of any machine begins before all of them have come this far
         thread = threading.Thread(target=self._elastic, daemon=True)
         thread.start()
         told: set[tuple[int, int]] = set()  # (pid, which signal of those that came)
@@ -147,6 +149,8 @@ class Agent:
 
     def _nobody_came(self, error: Exception) -> tuple[int, str]:
         hardware = self.cfg.hardware
+        if isinstance(error, UserError):
+            return error.exit_code, str(error)
         if hardware.nodes == 1:
             return 1, f"the worker processes could not be started: {type(error).__name__}: {error}"
         return 1, (f"not all of {hardware.nodes} machines came to {hardware.rendezvous} within {hardware.timeout:g} s (hardware.timeout; "

@@ -49,7 +49,6 @@ def run_here(cfg: TrainConfig) -> dict[str, Any]:
         from prefopt.training.loop import train
 
         return train(cfg)
-    forget_records(Path(cfg.run_dir))
     # A group of their own: the terminal's Ctrl-C reaches this process only, which passes it on once.
     process = subprocess.Popen(worker_command(cfg), env=worker_environment(cfg, sys.argv[1:]), start_new_session=True)
     with forwarding(process):

@@ -22,7 +22,7 @@ def begin(*words: str, before: tuple[str, ...] = (), **environment: str) -> subp
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def end(run: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+def end(run: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
     """(exit code, what it said)"""
     try:
         said = run.communicate(timeout=timeout)[1]
@@ -39,7 +39,7 @@ def read(path: Path) -> dict:
         return {}
 
 
-def wait(ready: Callable[[], bool], run: subprocess.Popen | None = None, timeout: float = 120) -> None:
+def wait(ready: Callable[[], bool], run: subprocess.Popen | None = None, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not ready():
         assert time.monotonic() < deadline, "nothing came"

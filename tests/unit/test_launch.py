@@ -57,7 +57,8 @@ def test_the_launch_command_of_every_hardware_config(tmp_path, monkeypatch):
 
 
 def test_launch_prints_and_starts_nothing(tmp_path, capsys):
-    assert main(["launch", "--print", "algo=dpo", "model=bandit", "data=bandit", "hardware=2x8xh100_zero3", "hydra.run.dir=run"]) == 0
+    words = ["model=bandit", "data=bandit", "hardware=2x8xh100_zero3", "hardware.zero=0", "hydra.run.dir=run"]
+    assert main(["launch", "--print", *words]) == 0
     said = capsys.readouterr().out
     assert f"hydra.run.dir={tmp_path / 'run'} hardware.rendezvous=HOST:29400" in said
     assert not (tmp_path / "run").exists()
@@ -75,7 +76,7 @@ def test_launch_prints_and_starts_nothing(tmp_path, capsys):
 ])
 def test_what_cannot_be_started_is_said_at_once_and_leaves_nothing(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["train", "algo=dpo", "model=bandit", "data=bandit", *words]) == 2
+    assert main(["train", "model=bandit", "data=bandit", "hardware.zero=0", *words]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.rglob("config.yaml"))
 
@@ -167,7 +168,7 @@ def test_groups_are_noticed_and_what_is_none_is_not():
 ])
 def test_rank_0_of_a_group_refuses_what_cannot_be_joined(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("prefopt.launch.group._leader", Leader(joined(TORCHRUN)))
-    assert main(["train", "algo=dpo", "model=bandit", "data=bandit", *words]) == 2
+    assert main(["train", "model=bandit", "data=bandit", "hardware.zero=0", *words]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
