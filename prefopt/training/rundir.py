@@ -64,7 +64,9 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
             raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
         return "finished" if read_status(folder).get("state") == "finished" else "resume"
     # A job of a sweep leaves its log.txt, even if it never began, and a run that never came to itself has finished stages.
-    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name not in ("log.txt", FOLDER))):
+    # A kill in the middle of a write leaves a temporary file.
+    own = ("log.txt", FOLDER, *(part.name for part in folder.glob(".*.part")))
+    if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name not in own)):
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {shown}); choose another hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +79,9 @@ def release(folder: Path) -> None:
     if not (folder / "status.json").exists():
         for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
-        for file in folder.glob("events.out.tfevents.*"):
-            file.unlink()
+        for pattern in ("events.out.tfevents.*", ".*.part"):
+            for file in folder.glob(pattern):
+                file.unlink()
         shutil.rmtree(folder / "wandb", ignore_errors=True)
 
 
