@@ -114,9 +114,11 @@ def dispatch(argv: list[str]) -> Any:
 
 def _hydra(command: str, overrides: list[str]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from prefopt.config.hydra_code import own_code_only
     from prefopt.launch.app import run
 
-    return run(command, overrides)
+    with own_code_only():
+        return run(command, overrides)
 
 
 def guarded(work: Callable[[], Any], quiet: bool = False) -> int:
