@@ -88,7 +88,7 @@ def test_a_pickle_in_place_of_an_adapter_is_refused(mark, tmp_path, tiny_lm, cap
     weights.unlink()
     capsys.readouterr()
     assert train(tmp_path / "run", "model=tiny-lm-lora", f"model.lora.adapter={tmp_path / 'adapter'}") == 2
-    assert "adapter" in capsys.readouterr().err.splitlines()[-1]
+    assert "has its weights in adapter_model.bin, a pickle" in capsys.readouterr().err.splitlines()[-1]
     assert not mark.exists() and not (tmp_path / "run").exists()
 
 

@@ -53,12 +53,13 @@ def no_hang(seconds: int = 60):
 
 # A value may hold anything but what names a place outside of the folder that the test runs in.
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="/\0"), max_size=12).filter(lambda t: ".." not in t)
-NUMBERS = st.one_of(st.integers(), st.integers(-3, 40), st.floats(), st.sampled_from(["1e400", "-0.0", "1_000", "0x1f", "+5", "1e-400", "NaN"]))
+NUMBERS = st.one_of(st.integers(), st.integers(-3, 40), st.floats(),
+                    st.sampled_from(["1e400", "-0.0", "1_000", "0x1f", "+5", "1e-400", "NaN"]))
 NAMES = st.sampled_from([name for names in groups().values() for name in names] + sorted({c for of in CHOICES.values() for c in of}))
 ODD = st.sampled_from([
-    "null", "true", "''", "[]", "{}", "[1,2", "{a:1", "{a:{b:[1]}}", "[[1,2],[3]]", "${seed}", "${nope}", "${oc.env:HOME}", "${oc.env:NOPE}",
-    "${hydra:runtime.cwd}", "${now:%Y}", "${seed", "a,b", "1,2", "range(1,3)", "choice(1,2)", "int(1.5)", "glob(*)", "'", '"', "\\", "a=b",
-    "???", "{_target_:os.system}", "os.system", "prefopt.cli.main", "prefopt.objectives.pairwise.DPO", "é\u202e\n", "a b", "x" * 300,
+    "null", "true", "''", "[]", "{}", "[1,2", "{a:1", "{a:{b:[1]}}", "[[1,2],[3]]", "${seed}", "${nope}", "${oc.env:HOME}",
+    "${oc.env:NOPE}", "${hydra:runtime.cwd}", "${now:%Y}", "${seed", "a,b", "1,2", "range(1,3)", "choice(1,2)", "int(1.5)", "glob(*)", "'", '"', "\\",
+    "a=b", "???", "{_target_:os.system}", "os.system", "prefopt.cli.main", "prefopt.objectives.pairwise.DPO", "é\u202e\n", "a b", "x" * 300,
 ])  # fmt: skip
 VALUES = st.one_of(ODD, NAMES, NUMBERS.map(str), TEXT)
 
@@ -77,8 +78,8 @@ def overrides(command: str) -> st.SearchStrategy[list[str]]:
     names = {group: st.sampled_from(groups().get(group) or ["x"]) for group in chosen or ["algo"]}
     choice = st.one_of(*[st.one_of(of, of, of, mutated(of)).map(f"{group}={{}}".format) for group, of in names.items()])
     setting = st.tuples(st.sampled_from(["", "", "", "", "+", "++", "~"]), key, VALUES).map(lambda t: f"{t[0]}{t[1]}={t[2]}")
-    option = st.sampled_from(["--cfg", "job", "--info", "--resolve", "-m", "--package", "train", "--multirun", "--config-dir", "--nope", "-x",
-                              "--cfg=hydra", "--config-name=x", "--config-name", "--version", "--run"])
+    option = st.sampled_from(["--cfg", "job", "--info", "--resolve", "-m", "--package", "train", "--multirun", "--config-dir", "--nope",
+                              "-x", "--cfg=hydra", "--config-name=x", "--config-name", "--version", "--run"])
     word = st.one_of(*[choice] * 4, *[setting] * 6)
     return st.tuples(st.lists(word, max_size=3), st.lists(st.one_of(word, word, TEXT, option), max_size=1)).map(lambda t: t[0] + t[1])
 
@@ -124,18 +125,21 @@ def test_command_lines(line, tmp_path, nothing_runs, capsys):
 
 # ---- rows ---------------------------------------------------------------------------------------------
 
-WORDS = st.one_of(st.text(max_size=20), st.sampled_from(["", " ", "Hello", "\n\nHuman: a\n\nAssistant: b", "\u202e", "<eos>", "{{ x }}", "\0", "\ud800", "~nobody/x", "../x"]))
+WORDS = st.one_of(st.text(max_size=20), st.sampled_from(
+    ["", " ", "Hello", "\n\nHuman: a\n\nAssistant: b", "\u202e", "<eos>", "{{ x }}", "\0", "\ud800", "~nobody/x", "../x"]))
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.sampled_from([0, 1, 0.5, -1, 2, 10**400, 1e308]))
 ROLES = st.sampled_from(["user", "assistant", "system", "tool", "", "User", 3, None])
+PART = st.fixed_dictionaries({"type": st.sampled_from(["text", "image", "x", None]), "text": SCALARS})
+CONTENT = st.one_of(WORDS, SCALARS, st.lists(st.one_of(SCALARS, PART), max_size=2))
 MESSAGE = st.one_of(
-    st.fixed_dictionaries({"role": ROLES, "content": st.one_of(WORDS, SCALARS, st.lists(st.one_of(SCALARS, st.fixed_dictionaries(
-        {"type": st.sampled_from(["text", "image", "x", None]), "text": SCALARS})), max_size=2))}, optional={"train": SCALARS}),
+    st.fixed_dictionaries({"role": ROLES, "content": CONTENT}, optional={"train": SCALARS}),
     st.fixed_dictionaries({"from": ROLES, "value": SCALARS}), SCALARS)
-SIDE = st.one_of(
-    WORDS, WORDS, WORDS, SCALARS, st.lists(MESSAGE, max_size=4), st.lists(WORDS, max_size=3),
-    st.fixed_dictionaries({"image": st.one_of(SCALARS, st.fixed_dictionaries({"path": SCALARS}))}, optional={"ops": SCALARS, "caption": SCALARS}))
+IMAGE = st.fixed_dictionaries({"image": st.one_of(SCALARS, st.fixed_dictionaries({"path": SCALARS}))},
+                              optional={"ops": SCALARS, "caption": SCALARS})
+SIDE = st.one_of(WORDS, WORDS, WORDS, SCALARS, st.lists(MESSAGE, max_size=4), st.lists(WORDS, max_size=3), IMAGE)
 LISTS = st.lists(st.one_of(SIDE, SCALARS), max_size=4)
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=6)
 NAMED = {name: st.one_of(SIDE, LISTS, JSON) for name in COLUMNS.values() if name}
 
 
@@ -145,9 +149,9 @@ def shaped(**columns: st.SearchStrategy) -> st.SearchStrategy[dict]:
 
 
 ROW = st.one_of(
-    shaped(prompt=SIDE, chosen=SIDE, rejected=SIDE), shaped(chosen=SIDE, rejected=SIDE), shaped(prompt=SIDE, completions=LISTS, scores=LISTS),
-    shaped(prompt=SIDE, completions=LISTS, ranks=LISTS), shaped(prompt=SIDE, completion=SIDE, label=SCALARS),
-    shaped(prompt=SIDE, completion=SIDE), shaped(prompt=SIDE), shaped(messages=st.lists(MESSAGE, max_size=4)), JSON)
+    shaped(prompt=SIDE, chosen=SIDE, rejected=SIDE), shaped(chosen=SIDE, rejected=SIDE),
+    shaped(prompt=SIDE, completions=LISTS, scores=LISTS), shaped(prompt=SIDE, completions=LISTS, ranks=LISTS),
+    shaped(prompt=SIDE, completion=SIDE, label=SCALARS), shaped(prompt=SIDE, completion=SIDE), shaped(prompt=SIDE), shaped(messages=st.lists(MESSAGE, max_size=4)), JSON)
 LINE = st.one_of(ROW.map(lambda row: json.dumps(row).encode()), st.binary(max_size=30))
 VIEWS = st.sampled_from(["pairs", "unary", "demonstrations", "ranking"])
 
