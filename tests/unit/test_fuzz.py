@@ -58,8 +58,9 @@ NUMBERS = st.one_of(st.integers(), st.integers(-3, 40), st.floats(),
 NAMES = st.sampled_from([name for names in groups().values() for name in names] + sorted({c for of in CHOICES.values() for c in of}))
 ODD = st.sampled_from([
     "null", "true", "''", "[]", "{}", "[1,2", "{a:1", "{a:{b:[1]}}", "[[1,2],[3]]", "${seed}", "${nope}", "${oc.env:HOME}",
-    "${oc.env:NOPE}", "${hydra:runtime.cwd}", "${now:%Y}", "${seed", "a,b", "1,2", "range(1,3)", "choice(1,2)", "int(1.5)", "glob(*)", "'", '"', "\\",
-    "a=b", "???", "{_target_:os.system}", "os.system", "prefopt.cli.main", "prefopt.objectives.pairwise.DPO", "é\u202e\n", "a b", "x" * 300,
+    "${oc.env:NOPE}", "${hydra:runtime.cwd}", "${now:%Y}", "${seed", "a,b", "1,2", "range(1,3)", "choice(1,2)", "int(1.5)", "glob(*)",
+    "'", "\"", "\\", "a=b", "???", "{_target_:os.system}", "os.system", "prefopt.cli.main", "prefopt.objectives.pairwise.DPO",
+    "\u00e9\u202e\n", "a b", "x" * 300,
 ])  # fmt: skip
 VALUES = st.one_of(ODD, NAMES, NUMBERS.map(str), TEXT)
 
@@ -151,7 +152,8 @@ def shaped(**columns: st.SearchStrategy) -> st.SearchStrategy[dict]:
 ROW = st.one_of(
     shaped(prompt=SIDE, chosen=SIDE, rejected=SIDE), shaped(chosen=SIDE, rejected=SIDE),
     shaped(prompt=SIDE, completions=LISTS, scores=LISTS), shaped(prompt=SIDE, completions=LISTS, ranks=LISTS),
-    shaped(prompt=SIDE, completion=SIDE, label=SCALARS), shaped(prompt=SIDE, completion=SIDE), shaped(prompt=SIDE), shaped(messages=st.lists(MESSAGE, max_size=4)), JSON)
+    shaped(prompt=SIDE, completion=SIDE, label=SCALARS), shaped(prompt=SIDE, completion=SIDE), shaped(prompt=SIDE),
+    shaped(messages=st.lists(MESSAGE, max_size=4)), JSON)
 LINE = st.one_of(ROW.map(lambda row: json.dumps(row).encode()), st.binary(max_size=30))
 VIEWS = st.sampled_from(["pairs", "unary", "demonstrations", "ranking"])
 
