@@ -216,7 +216,7 @@ def torn(folder: Path, share: float) -> str:
     if newest is None:
         return ""
     name, size = os.path.relpath(newest, folder), newest.stat().st_size
-    if ".part" in name or name.endswith(".tmp"):
+    if ".part" in name:
         os.truncate(newest, int(share * size))
     elif name in ("run/metrics.jsonl", "run/samples.jsonl"):
         *_, last = newest.read_bytes().splitlines(keepends=True) or [b""]
@@ -231,7 +231,7 @@ def where(path: str) -> str:
     for part in ("checkpoints", "store", "rounds", "model"):
         if f"/{part}/" in f"/{path}/" or f"/{part}." in f"/{path}":
             return part
-    return Path(path).name.lstrip(".").removesuffix(".part").removesuffix(".tmp")
+    return Path(path).name.lstrip(".").removesuffix(".part")
 
 
 # ---- the comparison ---------------------------------------------------------------------------------------

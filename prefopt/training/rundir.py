@@ -62,7 +62,8 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
             )
         if cfg.resume == "never":
             raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
-        return "finished" if read_status(folder).get("state") == "finished" else "resume"
+        # The page is written last: a run that was killed before it goes on from its last checkpoint, and writes it.
+        return "finished" if read_status(folder).get("state") == "finished" and (folder / "report.html").is_file() else "resume"
     # A job of a sweep leaves its log.txt, even if it never began, and a run that never came to itself has finished stages.
     # A kill in the middle of a write leaves a temporary file.
     own = ("log.txt", FOLDER, *(part.name for part in folder.glob(".*.part")))

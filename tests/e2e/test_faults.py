@@ -136,6 +136,24 @@ def test_a_disk_that_turns_read_only_in_mid_run(tmp_path, whole, monkeypatch, ca
     assert_same(tmp_path / "run", whole)
 
 
+# ---- kills at moments that are hard to meet (make torture meets the others) ----------------------------
+
+
+def test_a_run_that_was_killed_while_its_first_file_was_written(tmp_path, whole):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.part").write_text("algo:\n  na")
+    assert train(tmp_path / "run", *BANDIT) == 0
+    assert_same(tmp_path / "run", whole)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_run_that_was_killed_before_its_page_was_written(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    assert train(tmp_path / "run", *BANDIT) == 0
+    assert_same(tmp_path / "run", whole)
+
+
 # ---- the clock ----------------------------------------------------------------------------------------
 
 

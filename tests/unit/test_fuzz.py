@@ -166,6 +166,10 @@ def tokenise():
 @cases(300)
 @given(lines=st.lists(LINE, max_size=4), view=VIEWS, pictures=st.booleans(), rows=st.sampled_from([None] * 10 + list(CHOICES["data.rows"])),
        skip=st.booleans())
+@example(lines=[b'{"prompt": "a", "chosen": "b", "rejected": "\\ud800"}'], view="pairs", pictures=False, rows=None, skip=True)
+@example(lines=[b'{"prompt": "", "chosen": "", "rejected": {"image": "\\u0000"}}'], view="pairs", pictures=False, rows=None, skip=False)
+@example(lines=[b'{"prompt": "a", "chosen": {"image": "~nobody/x"}, "rejected": {"image": "b"}}'], view="pairs", pictures=True, rows=None,
+         skip=False)
 def test_rows(lines, view, pictures, rows, skip, tmp_path, tokenise):
     """From the file to token ids. Every row is used, left out and counted, or named in the sentence that ends it."""
     file = tmp_path / "rows.jsonl"
