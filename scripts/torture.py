@@ -238,7 +238,9 @@ def where(path: str) -> str:
 
 
 def rows(path: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in path.read_text().splitlines()]
+    """What must be the same. A row about a checkpoint is written some time after it, and says how long it took."""
+    found = [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in path.read_text().splitlines()]
+    return [row for row in found if row.get("split") != "checkpoint"]
 
 
 def differences(whole: Path, run: Path, exact: bool) -> tuple[list[str], float]:
