@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from prefopt.errors import UserError
 
-TARGETS = ("prefopt.", "hydra.", "hydra_plugins.")
+TARGETS = ("prefopt.", "hydra.", "hydra_plugins.", "optuna.samplers.")  # the last: of Hydra's plugin for Optuna
 FACTORIES = ("colorlog.ColoredFormatter",)  # of Hydra's own logging
 LOGGING = re.compile(r"logging\.(handlers\.)?\w*(Handler|Formatter|Filter)")
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
