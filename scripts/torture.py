@@ -57,6 +57,7 @@ class Group:
     def __init__(self, case: str, folder: Path, processes: int, inside: Callable[[int], None] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         words, self.began = words_of(case, folder, processes), time.monotonic()
+        self.codes: dict[int, int] = {}  # of those that have ended
         os.environ["PREFOPT_STORE"] = str(folder / "store")
         if processes == 1:
             from prefopt.cli import main
@@ -85,13 +86,13 @@ class Group:
 
     def kill(self) -> None:
         """All of it at once, the launcher too."""
-        for pid in self.pids:
+        for pid in set(self.pids) - self.codes.keys():
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
     def wait(self, until: float = PATIENCE) -> list[int]:
         """Exit codes, negative for signals; where one fails the launcher ends the others. Empty: not yet done."""
-        codes: dict[int, int] = {}
+        codes = self.codes
         while len(codes) < len(self.pids) and time.monotonic() < self.began + until:
             for pid in set(self.pids) - codes.keys():
                 done, status = os.waitpid(pid, os.WNOHANG)
