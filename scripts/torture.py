@@ -103,6 +103,8 @@ class Group:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
         if len(codes) < len(self.pids):
+            if until >= PATIENCE:
+                self.kill()
             return []
         if len(self.pids) > 1:
             from prefopt.training.rundir import release
