@@ -1,7 +1,7 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-zoo bench-diffusion-cpu bench-diffusion-gpu clean
+.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-zoo bench-diffusion-cpu bench-diffusion-gpu torture fuzz clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
 	@scripts/setup.sh
@@ -39,6 +39,12 @@ bench-docs:           ## the benchmark's tables and plots anew from docs/bench-*
 
 bench-zoo:            ## all offline objectives on the tiny world into docs/zoo.md (hours; resumable; ZOO="--hours 1 --methods dpo,ipo")
 	.venv/bin/python scripts/zoo.py $(ZOO)
+
+torture:              ## kill runs at random moments, fill their disks, and see that they end as if nothing had been (TORTURE="--kills 30")
+	.venv/bin/python scripts/torture.py $(TORTURE)
+
+fuzz:                 ## random command lines and data rows, FUZZ of each kind (10,000: an hour)
+	PREFOPT_FUZZ=$(or $(FUZZ),10000) $(PYTEST) tests/unit/test_fuzz.py
 
 clean:                ## remove the environment and build products, never runs
 	rm -rf .venv build *.egg-info

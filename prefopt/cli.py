@@ -125,9 +125,11 @@ def dispatch(argv: list[str]) -> Any:
 
 def _hydra(command: str, overrides: list[str]) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from prefopt.config.hydra_code import own_code_only
     from prefopt.launch.app import run
 
-    return run(command, overrides)
+    with own_code_only():
+        return run(command, overrides)
 
 
 def _print(message: str, code: int) -> None:

@@ -230,7 +230,13 @@ def _side(side: Row, bases: list[Path], root: Path | None, own: str) -> Row:
 
 def find(path: str, bases: list[Path], root: Path | None) -> str:
     """The file that a path means, the first that is there. Without a `root` it may be anywhere. Raises `BadRow`."""
-    places = [os.path.abspath(base / Path(path).expanduser()) for base in bases]
+    try:
+        places = [os.path.abspath(base / Path(path).expanduser()) for base in bases]
+        os.fsencode(path)
+        if "\0" in path:
+            raise ValueError("it holds a null character")
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        raise BadRow(f"{path[:40]!r} cannot be the path of an image ({error})") from error
     if root is not None:
         inside = [_real(str(root)) + os.sep, _real(str(bases[0])) + os.sep]
         if os.path.isabs(os.path.expanduser(path)) or not any(os.path.realpath(places[0]).startswith(r) for r in inside):

@@ -286,10 +286,11 @@ def read_file(path: Path) -> Iterator[RawRow]:
         if path.suffix == ".parquet":
             yield from _numbered(str(path), picture_sources.parquet_rows(path))
         elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
+            rows = json.loads(text)
             if not isinstance(rows, list):
                 raise UserError(f"{path}: a .json file must hold a list of rows; use .jsonl for one row per line")
-            yield from ((f"{path} row {i + 1}", _row(r)) for i, r in enumerate(rows))
+            yield from ((f"{path} row {i + 1}", _row(r, HALVES in text.lower())) for i, r in enumerate(rows))
         else:
             opener = gzip.open if path.suffix == ".gz" else open
             with opener(path, "rb") as lines:
@@ -306,15 +307,27 @@ def read_file(path: Path) -> Iterator[RawRow]:
 
 def _json(line: bytes) -> dict | BadRow:
     try:
-        return _row(json.loads(line.decode("utf-8-sig")))
+        text = line.decode("utf-8-sig")
+        return _row(json.loads(text), HALVES in text.lower())
     except json.JSONDecodeError as error:
         return BadRow(f"malformed JSON ({error.msg} at column {error.colno})")
     except ValueError as error:  # bytes that are no UTF-8, a number of thousands of digits
         return BadRow(f"malformed JSON ({_line(error)})")
 
 
-def _row(value: object) -> dict | BadRow:
-    return value if isinstance(value, dict) else BadRow("not a JSON object")
+HALVES = "\\ud"  # how JSON begins either half of a character beyond the first 65,536
+
+
+def _row(value: object, halves: bool = False) -> dict | BadRow:
+    """The row, looked through for halves of characters where there may be some: no tokenizer takes them, and no file holds them."""
+    if not isinstance(value, dict):
+        return BadRow("not a JSON object")
+    try:
+        if halves:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return BadRow(f"it holds half of a character (\\u{ord(error.object[error.start]):04x} alone), as a text does that was cut in two")
+    return value
 
 
 def _line(error: BaseException) -> str:

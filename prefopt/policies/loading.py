@@ -120,6 +120,9 @@ def add_lora(model: nn.Module, cfg: ModelConfig, seed: int, task: str) -> nn.Mod
         folder = Path(lora.adapter).expanduser()
         if not (folder / "adapter_config.json").is_file():
             raise UserError(f"model.lora.adapter={lora.adapter}: no adapter_config.json there")
+        if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"model.lora.adapter={lora.adapter} has its weights in adapter_model.bin, a pickle; prefopt loads safetensors "
+                            "only. If you trust it, load it with peft and write it anew (save_pretrained).")
         try:
             config = PeftConfig.from_pretrained(str(folder))
             config.lora_dropout = lora.dropout  # a saved adapter brings its own, often 0.1

@@ -84,7 +84,7 @@ class JsonlTracker:
         self._file = self._open()
 
     def _rewrite(self, rows: list[dict]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary = self.path.with_name(f".{self.path.name}.part")
         with open(temporary, "wb") as f:
             f.writelines(_line(row) for row in rows)
             f.flush()

@@ -65,8 +65,9 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
             )
         if cfg.resume == "never":
             raise UserError(f"{folder} already holds this run and resume=never; choose another hydra.run.dir or set resume=auto")
-        return "finished" if read_status(folder).get("state") == "finished" else "resume"
-    # What a run may leave that never began, and what another machine is writing for the same run just now.
+        # The page is written last: a run that was killed before it goes on from its last checkpoint, and writes it.
+        return "finished" if read_status(folder).get("state") == "finished" and (folder / "report.html").is_file() else "resume"
+    # What a run may leave that never began, temporary files of a killed one, and what another machine is writing for the same run just now.
     if folder.is_dir() and (foreign := sorted(f.name for f in folder.iterdir() if f.name not in LEFT and f.suffix != ".part")):
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise UserError(f"{folder} is not empty and holds no run of prefopt (it has {shown}); choose another hydra.run.dir")
@@ -81,8 +82,9 @@ def release(folder: Path) -> None:
     if not (folder / "status.json").exists():
         for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
-        for file in folder.glob("events.out.tfevents.*"):
-            file.unlink()
+        for pattern in ("events.out.tfevents.*", ".*.part"):
+            for file in folder.glob(pattern):
+                file.unlink()
         shutil.rmtree(folder / "wandb", ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ def main() -> None:
         source = source_of(objective, rows_for(objective, 8), 40, accelerator.num_processes, accelerator.process_index)
         grads, loss = gradients(engine, source.step(0))
         result = engine.step(source.step(0), 0.0)
-        out[slug] = {"grads": grads, "loss": torch.tensor(loss, dtype=torch.float64), "metrics": result.metrics}
+        out[slug] = {"grads": grads, "loss": torch.tensor(loss, dtype=torch.float64), "metrics": result.metrics, "norm": result.grad_norm}
     objective = objective_named("dpo")
     source = source_of(objective, rows_for(objective, 16), 40, accelerator.num_processes, accelerator.process_index)
     betas = gather_object([find_beta(engine_of(objective, accelerator), source.step(0), source.step(1), 0.45)[0]])

@@ -39,16 +39,17 @@ def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
             engine = engine_of(objective, accelerator)
             micros = source_of(objective, rows_for(objective, 8), 10**6).step(0)
             grads, loss = gradients(engine, micros)
-            metrics = engine.step(micros, 0.0).metrics
+            result = engine.step(micros, 0.0)
         assert float(two[slug]["loss"]) == pytest.approx(loss, rel=1e-9), slug
-        assert two[slug]["metrics"] == pytest.approx(metrics, rel=1e-9), slug
+        assert two[slug]["metrics"] == pytest.approx(result.metrics, rel=1e-9), slug
+        assert two[slug]["norm"] == pytest.approx(result.grad_norm, rel=1e-9), slug  # what is clipped by: of the whole gradient (trap 33)
         for name in grads:
             torch.testing.assert_close(two[slug]["grads"][name], grads[name], rtol=1e-8, atol=1e-12)
     objective = objective_named("dpo")
     with fresh_accelerator() as accelerator:
         source = source_of(objective, rows_for(objective, 16), 10**6)
         beta, _ = find_beta(engine_of(objective, accelerator), source.step(0), source.step(1), 0.45)
-    first, second = two["betas"].tolist()
+    first, second = two["betas"].tolist()  # a beta for each rank would be trap 4.26
     assert first == second == pytest.approx(beta, rel=1e-8)
 
 
