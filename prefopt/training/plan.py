@@ -52,6 +52,7 @@ class Ground:
     config: Any  # of transformers
     shape: ModelShape
     runtime: float  # bytes of the interpreter, its libraries and the rows
+    tokeniser: Tokeniser
     transforms: Sequence[tuple[str, str]] = ()  # what data transforms did to the training rows
     assumed: str = ""  # what could not be read, and what is taken instead
 
@@ -109,7 +110,7 @@ def ground_of(cfg: TrainConfig) -> Ground:
         raise UserError(f"{len(rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
     judged = [] if as_prompts else make_dataset(held_out, *settings).rows
     return Ground(objective, [_answered(row, cfg, view) for row in rows] if online else rows, judged, config, shape_of(config),
-                  memory.resident(), transform_lines(train), assumed)
+                  memory.resident(), tokeniser, transform_lines(train), assumed)
 
 
 def _read(cfg: TrainConfig) -> tuple[Tokeniser, Any, str]:
@@ -136,7 +137,8 @@ def ground_of_run(run: Run) -> Ground:
     source = getattr(run.source, "batches", run.source)
     rows = source.rows or [_answered(row, run.cfg, run.engine.objective.view) for row in run.source.prompts.rows]
     held_out = run.judge.held_out.rows if run.judge.held_out else []
-    return Ground(run.engine.objective, rows, held_out, policy.inner.config, shape_of(policy.inner.config), memory.LIBRARIES)
+    return Ground(run.engine.objective, rows, held_out, policy.inner.config, shape_of(policy.inner.config), memory.LIBRARIES,
+                  policy.tokeniser)
 
 
 def _answered(row: Row, cfg: TrainConfig, view: str) -> Row:
@@ -202,7 +204,7 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     return Plan(
         cfg, ground, device.type, kind, reference, steps, largest, most, Effort(*(share * x for x in vars(work).values())), slowest * share,
         unshared * share, padded * share, scoring * share * steps, run.trainable, needs,
-        traffic(layout, run.weights, run.trainable, most, passes(kind, reference)), has, peak, peak_from,
+        traffic(layout, run.weights, run.parameters, run.trainable, most, passes(kind, reference)), has, peak, peak_from,
         _disk(cfg, run, source, steps, reference, ground),
     )
 

@@ -194,7 +194,7 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
     run, unknown = dry_run(scene.folder, cfg, draws)
     layout = layout_of(cfg.hardware, plan.zero_settings(cfg))
     needs = _needs(cfg, scene, run, device.type, reference, micros, layout)
-    sent = traffic(layout, run.weights, run.trainable, micros, plan.passes(kind, reference))
+    sent = traffic(layout, run.weights, run.parameters, run.trainable, micros, plan.passes(kind, reference))
     has = cfg.hardware.memory_gb * 1e9 if cfg.hardware.memory_gb else memory.capacity(device.type)
     if has and device.type == "cpu":
         has /= cfg.hardware.processes

@@ -15,6 +15,8 @@ part; so a step of M micro-batches sends, in units of 4 T (N-1)/N (stage 3: gath
 
     0: 2        1: 2 + 1        2: 2 M + 1        3: M (1 + 1 + 1), forward, backward and gradients
 
+less what stage 3 may keep gathered from one pass to the next (stage3_max_live_parameters).
+
 Tests and docs/scaling.md hold both against what DeepSpeed allocates and sends.
 """
 
@@ -40,8 +42,7 @@ class Layout:
     offload: str = "none"  # none | optimizer | all
     bucket: float = 0.0  # reduce_bucket_size
     buckets: int = 1  # two with overlap_comm
-    live: float = 0.0  # gathered weights that may be held at a time: stage3_max_live_parameters and what is fetched ahead
-    whole: float = 0.0  # weights up to this size are never split: stage3_param_persistence_threshold
+    live: float = 0.0  # gathered weights that may be held at a time: stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ def layout_of(hardware: HardwareConfig, zero: dict[str, Any]) -> Layout:
         return Layout(hardware.world)
     overlap = zero.get("overlap_comm")
     overlap = hardware.zero == 3 if overlap is None else overlap
-    live = float(zero.get("stage3_max_live_parameters", 1e9)) + float(zero.get("stage3_prefetch_bucket_size", 5e7))
-    return Layout(hardware.world, hardware.zero, hardware.offload, float(zero.get("reduce_bucket_size", 5e8)), 2 if overlap and
-                  hardware.zero < 3 else 1, live, float(zero.get("stage3_param_persistence_threshold", 1e5)))
+    return Layout(hardware.world, hardware.zero, hardware.offload, float(zero.get("reduce_bucket_size", 5e8)),
+                  2 if overlap and hardware.zero < 3 else 1, float(zero.get("stage3_max_live_parameters", 1e9)))
 
 
 def states(layout: Layout, weights: float, parameters: float, trained: float) -> States:
@@ -87,15 +87,26 @@ def states(layout: Layout, weights: float, parameters: float, trained: float) ->
     return States(held, optimizer, kept, bucket * layout.buckets, gathered, host)
 
 
-def traffic(layout: Layout, weights: float, trained: float, micros: int, passes: int = 2) -> dict[str, float]:
+def between_steps(layout: Layout, weights: float, parameters: float, trained: float) -> float:
+    """Bytes of states that a process holds when a step is done, in its own memory and the CPU's. Stage 3 keeps its bucket and its part of
+    the gradients, DistributedDataParallel its buckets."""
+    held = states(layout, weights, parameters, trained)
+    kept = {0: held.buckets, 3: held.buckets + held.gradients}.get(layout.stage, 0.0)
+    return held.weights + held.optimizer + kept + (held.host if layout.stage == 3 else held.host * (MASTER + MOMENTS) / (MASTER + MOMENTS + NUMBER))
+
+
+def traffic(layout: Layout, weights: float, parameters: float, trained: float, micros: int, passes: int = 2) -> dict[str, float]:
     """Bytes that a process sends in a step of so many micro-batches, by what they are for. `passes`: how often a micro-batch needs the
-    weights: forward and backward, and more where an objective scores twice or a reference is run along with the same weights."""
+    weights: forward and backward, and more where an objective scores twice or a reference is run along with the same weights. At each turn
+    from one pass to the next, the weights that may stay gathered are not fetched again."""
     n = layout.world
     if n == 1:
         return {}
     ring, gradients = (n - 1) / n, NUMBER * trained
     if layout.stage == 3:
-        return {"gathering weights": micros * passes * ring * weights, "reducing and scattering gradients": micros * ring * gradients}
+        turns = micros * passes
+        fetched = turns - (turns - 1) * min(layout.live / max(parameters, 1.0), 1.0)
+        return {"gathering weights": fetched * ring * weights, "reducing and scattering gradients": micros * ring * gradients}
     found = {"reducing gradients for all": 2 * (micros if layout.stage == 2 else 1) * ring * gradients}
     return {**found, "gathering updated weights": ring * gradients} if layout.stage else found
 
