@@ -8,6 +8,7 @@ a GPU or a network can show.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -37,7 +38,7 @@ from prefopt.policies.loading import first_line
 from prefopt.policies.reference import make_reference
 from prefopt.training.deepspeed_json import deepspeed_json
 from prefopt.training.engine import Engine
-from prefopt.training.memory import Live, _depths, _quiet, _shallow
+from prefopt.training.memory import _depths, _quiet, _shallow
 from prefopt.training.plan import Ground, ground_of, passes, zero_settings
 from prefopt.training.plan_text import _gb, idle, machines
 from prefopt.training.sharding import between_steps, layout_of, traffic
@@ -132,24 +133,31 @@ def _step(cfg: TrainConfig, ground: Ground, settings: dict[str, Any] | None, acc
     rows = [short(row) for row in ground.rows[: max(cfg.train.batch_size, objective.min_batch)]]
     source = OfflineSource(rows, objective.view, cfg.train.batch_size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns, cfg.seed,
                            0, cfg.hardware.world, policy.layout, policy.share)
-    with Live() as live:
-        for tensor in (*policy.parameters(), *policy.buffers()):
-            live._note(tensor.untyped_storage())
-        engine = Engine(policy, objective, reference, cfg.optim, accelerator, seed=cfg.seed, deepspeed=settings)
-        micros = source.step(0)
-        return rehearsed(type(policy.inner).__name__, engine, live, lambda: engine.step(micros, cfg.optim.lr), len(micros),
-                         passes(engine.kind, "adapter off" if cfg.model.frozen else "frozen copy"))
+    micros = source.step(0)
+    others = storages().keys() - {p.untyped_storage()._cdata for p in (*policy.parameters(), *policy.buffers())}
+    engine = Engine(policy, objective, reference, cfg.optim, accelerator, seed=cfg.seed, deepspeed=settings)
+    return rehearsed(type(policy.inner).__name__, engine.model, policy, lambda: engine.step(micros, cfg.optim.lr), others, len(micros),
+                     passes(engine.kind, "adapter off" if cfg.model.frozen else "frozen copy"))
 
 
-def rehearsed(network: str, engine: Any, live: Live, step: Callable[[], Any], micros: int, times: int) -> Rehearsed:
-    """Takes two steps: in the first DeepSpeed learns in which order weights are needed."""
-    answer_at_once(engine.model)
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in engine.policy.parameters()]
+def rehearsed(network: str, model: nn.Module, policy: nn.Module, step: Callable[[], Any], others: set[int], micros: int,
+              times: int) -> Rehearsed:
+    """Takes two steps: in the first DeepSpeed learns in which order weights are needed. `others`: storages that are no states."""
+    answer_at_once(model)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in policy.parameters()]
     step()
     with Sent(dist.get_world_size()) as seen:
         step()
+    held = sum(size for key, size in storages().items() if key not in others)
     return Rehearsed(network, sum(n for n, _, _ in sizes), sum(n for n, _, trained in sizes if trained),
-                     sum(n * size for n, size, _ in sizes), micros, times, live.now, dict(seen.sent), seen.calls)
+                     sum(n * size for n, size, _ in sizes), micros, times, float(held), dict(seen.sent), seen.calls)
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that a tensor of this process has, by its address."""
+    gc.collect()
+    held = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "cpu"]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
 
 
 def answer_at_once(model: nn.Module) -> None:
