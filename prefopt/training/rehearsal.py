@@ -128,11 +128,11 @@ def _step(cfg: TrainConfig, ground: Ground, settings: dict[str, Any] | None, acc
     objective = ground.objective
     reference = make_reference(policy, "initial") if "reference" in objective.quantities else None
     if "teacher" in objective.quantities or objective.averages():
-        raise UserError(f"{type(objective).__name__} runs other models along, which a dry run cannot; try hardware={cfg.hardware.name} with "
-                        "algo=dpo")
+        raise UserError(f"{type(objective).__name__} runs other models along, which a dry run cannot; try hardware={cfg.hardware.name} "
+                        "with algo=dpo")
     rows = [short(row) for row in ground.rows[: max(cfg.train.batch_size, objective.min_batch)]]
-    source = OfflineSource(rows, objective.view, cfg.train.batch_size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns, cfg.seed,
-                           0, cfg.hardware.world, policy.layout, policy.share)
+    source = OfflineSource(rows, objective.view, cfg.train.batch_size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
+                           cfg.seed, 0, cfg.hardware.world, policy.layout, policy.share)
     micros = source.step(0)
     others = storages().keys() - {p.untyped_storage()._cdata for p in (*policy.parameters(), *policy.buffers())}
     engine = Engine(policy, objective, reference, cfg.optim, accelerator, seed=cfg.seed, deepspeed=settings)

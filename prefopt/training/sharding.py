@@ -92,7 +92,7 @@ def between_steps(layout: Layout, weights: float, parameters: float, trained: fl
     the gradients, DistributedDataParallel its buckets."""
     held = states(layout, weights, parameters, trained)
     kept = {0: held.buckets, 3: held.buckets + held.gradients}.get(layout.stage, 0.0)
-    return held.weights + held.optimizer + kept + (held.host if layout.stage == 3 else held.host * (MASTER + MOMENTS) / (MASTER + MOMENTS + NUMBER))
+    return held.weights + held.optimizer + kept + held.host
 
 
 def traffic(layout: Layout, weights: float, parameters: float, trained: float, micros: int, passes: int = 2) -> dict[str, float]:
