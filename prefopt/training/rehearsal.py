@@ -111,7 +111,7 @@ def rehearse(cfg: TrainConfig) -> Rehearsed:
             if cfg.model.kind == "diffusion":
                 from prefopt.training.rehearsal_pictures import step_of_pictures
 
-                return step_of_pictures(cfg, settings, accelerator, folder)
+                return step_of_pictures(cfg, settings, accelerator)
             return _step(cfg, ground_of(cfg), settings, accelerator, folder)
         except UserError:
             raise
