@@ -299,6 +299,8 @@ def memory(run: DryRun, *, device: str, layout: Layout, micros: int, frozen_copi
         "an update of the weights": base + at_update,  # the fused AdamW makes no tensors
         "an evaluation": base + (weights if reloads else 0.0) + held.gathered + max(cache, run.scoring),
     }
+    if layout.stage == 3:  # they are split after they were loaded, and gathered to sample and to be saved
+        moments["the start and the end, with whole weights"] = base - held.weights + weights + cache
     if device == "cpu":  # safetensors copies what it is given before it writes
         moments["a checkpoint"] = base + MOMENTS * run.trainable
         if layout.offload != "none":  # it is the same memory

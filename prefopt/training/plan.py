@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from prefopt.config.hardware import check_hardware
+from prefopt.config.objective_source import read_objective
 from prefopt.config.schema import TrainConfig
 from prefopt.data.batch import MicroBatch, Row, split_step, step_rows
 from prefopt.data.dataset import make_dataset, make_prompts
@@ -448,9 +450,18 @@ def divided(cfg: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         yield f"{said}hardware.offload={offload}", replace(cfg, hardware=replace(hardware, zero=3, offload=offload))
 
 
+def possible(cfg: TrainConfig) -> bool:
+    """Whether the run can be divided as its hardware config says."""
+    try:
+        check_hardware(cfg, read_objective(cfg.algo["_target_"], cfg.trust.packages))
+    except UserError:
+        return False
+    return True
+
+
 def mend(plan: Plan) -> tuple[str, Plan] | None:
     """The first of the changes with which the run would fit, and its plan."""
     for name, cfg in remedies(plan.cfg, plan.ground):
-        if (changed := estimate(cfg, plan.ground)).fits:
+        if possible(cfg) and (changed := estimate(cfg, plan.ground)).fits:
             return name, changed
     return None

@@ -394,7 +394,7 @@ def mend(made: PicturePlan) -> tuple[str, PicturePlan] | None:
     widest = max(row.size(made.scene.objective.view, "draws")[1] for row in made.scene.rows)
     widest = widest * made.cfg.noise.draws // (made.cfg.noise.pool or made.cfg.noise.draws)
     for name, cfg in remedies(made.cfg, widest):
-        if (changed := estimate(cfg, made.scene)).fits:
+        if plan.possible(cfg) and (changed := estimate(cfg, made.scene)).fits:
             return name, changed
     return None
 

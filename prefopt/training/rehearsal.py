@@ -24,7 +24,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -34,8 +33,8 @@ from prefopt.data.batch import Row
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
 from prefopt.policies.load import load_policy
-from prefopt.policies.loading import first_line
 from prefopt.policies.reference import make_reference
+from prefopt.training import timing
 from prefopt.training.deepspeed_json import deepspeed_json
 from prefopt.training.engine import Engine
 from prefopt.training.memory import _depths, _quiet, _shallow
@@ -117,7 +116,7 @@ def rehearse(cfg: TrainConfig) -> Rehearsed:
             raise
         except Exception as error:  # DeepSpeed asserts, raises ValueError, KeyError and others; each is about the config
             raise UserError(f"hardware={cfg.hardware.name}: a step of {cfg.hardware.world} processes fails "
-                            f"({type(error).__name__}: {first_line(error)})") from error
+                            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
 
 
 def _step(cfg: TrainConfig, ground: Ground, settings: dict[str, Any] | None, accelerator: Accelerator, folder: str) -> Rehearsed:
@@ -136,14 +135,13 @@ def _step(cfg: TrainConfig, ground: Ground, settings: dict[str, Any] | None, acc
     micros = source.step(0)
     others = storages().keys() - {p.untyped_storage()._cdata for p in (*policy.parameters(), *policy.buffers())}
     engine = Engine(policy, objective, reference, cfg.optim, accelerator, seed=cfg.seed, deepspeed=settings)
-    return rehearsed(type(policy.inner).__name__, engine.model, policy, lambda: engine.step(micros, cfg.optim.lr), others, len(micros),
+    return rehearsed(type(policy.inner).__name__, policy, lambda: engine.step(micros, cfg.optim.lr), others, len(micros),
                      passes(engine.kind, "adapter off" if cfg.model.frozen else "frozen copy"))
 
 
-def rehearsed(network: str, model: nn.Module, policy: nn.Module, step: Callable[[], Any], others: set[int], micros: int,
+def rehearsed(network: str, policy: nn.Module, step: Callable[[], Any], others: set[int], micros: int,
               times: int) -> Rehearsed:
     """Takes two steps: in the first DeepSpeed learns in which order weights are needed. `others`: storages that are no states."""
-    answer_at_once(model)
     sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in policy.parameters()]
     step()
     with Sent(dist.get_world_size()) as seen:
@@ -160,18 +158,12 @@ def storages() -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
 
 
-def answer_at_once(model: nn.Module) -> None:
+def answer_at_once(_, bucket):  # torch reads annotations of hooks, if there are any, and wants no text
     """DistributedDataParallel waits for results, of which the fake process group has none."""
-    if not isinstance(model, DistributedDataParallel):
-        return
-
-    def exchange(_, bucket):  # torch reads annotations, if there are any, and wants no text
-        dist.all_reduce(bucket.buffer())
-        done = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    model.register_comm_hook(None, exchange)
+    dist.all_reduce(bucket.buffer())
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def save_cut(ground: Ground, folder: str) -> str:
@@ -221,9 +213,11 @@ def _fake_processes(world: int) -> Iterator[None]:
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    timing.exchange, exchange = answer_at_once, timing.exchange
     try:
         yield
     finally:
+        timing.exchange = exchange
         dist.destroy_process_group()
         AcceleratorState._reset_state(True)
         PartialState._reset_state()

@@ -19,6 +19,7 @@ from prefopt.training.engine import parameter_groups
 from prefopt.training.parallel import Replicated
 from prefopt.training.plan_pictures import folder_of
 from prefopt.training.rehearsal import Rehearsed, rehearsed, storages
+from prefopt.training.timing import Clock, watch
 
 SIDE = 16  # places of a latent's side
 # What of a network's config makes it small, whatever else it says: two layers, few channels.
@@ -89,6 +90,8 @@ def step_of_pictures(cfg: TrainConfig, settings: dict[str, Any] | None, accelera
     else:
         parallel = Replicated(policy, optimizer, accelerator)
 
+    watch(parallel.model, Clock(accelerator.device))
+
     def step() -> None:
         with parallel.synced(last=True):
             parallel.backward(parallel.model(x, t, cond))
@@ -96,7 +99,7 @@ def step_of_pictures(cfg: TrainConfig, settings: dict[str, Any] | None, accelera
         parallel.update()
         parallel.clear()
 
-    return rehearsed(type(denoiser.network).__name__, parallel.model, policy, step, others, 1, 2)
+    return rehearsed(type(denoiser.network).__name__, policy, step, others, 1, 2)
 
 
 def _denoiser(cfg: TrainConfig) -> Denoiser:

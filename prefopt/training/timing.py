@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook as exchange
 from torch.nn.parallel import DistributedDataParallel
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "checkpoint")
@@ -116,11 +116,11 @@ def watch(model: nn.Module, clock: Clock) -> None:
     in the part that waits.
     """
     if isinstance(model, DistributedDataParallel):
-        def exchange(group, bucket):  # torch reads annotations, if there are any, and wants no text
+        def noted(group, bucket):  # torch reads annotations of hooks, if there are any, and wants no text
             clock.ready = clock.now()
-            return allreduce_hook(group, bucket)
+            return exchange(group, bucket)
 
-        model.register_comm_hook(None, exchange)
+        model.register_comm_hook(None, noted)
     elif comm := getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", None):
         for name in COLLECTIVES:
             if hasattr(comm, name):
