@@ -112,7 +112,7 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
     if last in ("--config-dir", "-cd"):
         return _paths(current, folders=True)
     if current.startswith("-"):
-        return OPTIONS
+        return (*OPTIONS, "--dry-run") if command == "plan" else OPTIONS
     return _override(command, before, current)
 
 
