@@ -35,7 +35,7 @@ def run(name: str, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = [f"hardware={hardware}", "hardware.threads=1", f"train.batch_size={BATCH * share}", f"train.steps={steps}",
                  "evaluation.prompts=0", "evaluation.kl=false", "train.self_check=false", f"train.eval_every={steps}",
-                 "data.eval_limit=4", "reference.store=off",
+                 "data.limit=1024", "data.eval_limit=4", "reference.store=off",
                  f"hydra.run.dir={folder}/run"]
         done = subprocess.run([sys.executable, "-m", "prefopt.cli", "train", *words], capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
