@@ -1,7 +1,7 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-zoo bench-diffusion-cpu bench-diffusion-gpu torture fuzz clean
+.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-scale scale-tables bench-zoo bench-diffusion-cpu bench-diffusion-gpu torture fuzz clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
 	@scripts/setup.sh
@@ -33,6 +33,12 @@ bench-cpu bench-gpu bench-ablate: ## against TRL (an hour on two cores; BENCH=--
 bench-diffusion-cpu bench-diffusion-gpu: ## pictures, against the plain loop of public scripts (half an hour; BENCH=--tiny: does it run)
 	@scripts/setup.sh test
 	.venv/bin/python scripts/bench_diffusion.py $(@:bench-diffusion-%=%) $(BENCH)
+
+bench-scale:          ## one process against two, ZeRO's stages side by side (some minutes; BENCH=--quick: does it run)
+	.venv/bin/python scripts/bench_scale.py $(BENCH)
+
+scale-tables:         ## what large runs hold and send, and that model against DeepSpeed, into docs/scaling.md (no GPU)
+	.venv/bin/python scripts/scale_tables.py
 
 bench-docs:           ## the benchmark's tables and plots anew from docs/bench-*.json
 	.venv/bin/python scripts/bench.py docs

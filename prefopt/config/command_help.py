@@ -22,7 +22,8 @@ EXAMPLES = {
   prefopt train data=jsonl data.path=pairs.jsonl model=smollm2-135m
   prefopt train hydra.run.dir=runs/mine                       the run's folder; the same command continues a killed run""",
     "plan": "examples\n  prefopt plan algo=dpo model=smollm2-135m data=jsonl data.path=pairs.jsonl\n"
-            "  prefopt plan model=llama3-8b hardware=8xgpu hardware.memory_gb=80 hardware.peak_tflops=989   for another machine",
+            "  prefopt plan model=llama3-8b hardware=8xgpu hardware.memory_gb=80 hardware.peak_tflops=989   for another machine\n"
+            "  prefopt plan --dry-run model=llama3-8b hardware=64x8_zero3   one step on 512 processes that are not there",
     "launch": "examples\n  prefopt launch --print hardware=8xh100_zero3_slurm hydra.run.dir=runs/mine           the batch script\n"
               "  prefopt launch --print hardware=2x8xh100_zero3 hydra.run.dir=/shared/runs/mine       the command for each machine",
     "eval": "example\n  prefopt eval run=runs/mine prompts=128 sampler=greedy",

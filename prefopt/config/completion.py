@@ -116,7 +116,7 @@ def _candidates(before: Sequence[str], current: str) -> Iterable[str]:
     if last in ("--config-dir", "-cd"):
         return _paths(current, folders=True)
     if current.startswith("-"):
-        return (*OPTIONS, "--print") if command == "launch" else OPTIONS
+        return (*OPTIONS, *{"launch": ("--print",), "plan": ("--dry-run",)}.get(command, ()))
     return _override(command, before, current)
 
 

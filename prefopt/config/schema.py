@@ -143,6 +143,11 @@ class HardwareConfig:
     peak_tflops: Optional[float] = None
     mfu: float = 0.4
 
+    @property
+    def world(self) -> int:
+        """Processes on all machines."""
+        return self.nodes * self.processes
+
 
 @dataclass
 class TrackerConfig:

@@ -65,9 +65,10 @@ def compose_and_run(command: str, words: list[str]) -> Any:
     OmegaConf.register_new_resolver("output_dir", _output_dir, replace=True)
     _register_plugins()
     sys.argv = ["prefopt", *command.split("_"), *words]  # what the manifest shows, however this function was reached
+    dry = command == "plan" and "--dry-run" in words
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    args = parse(parser, words)
+    args = parse(parser, [word for word in words if not (dry and word == "--dry-run")])
     if args.multirun and command != "train":
         raise UserError(f"-m makes sweeps of prefopt train; run prefopt {' '.join(command.split('_'))} once for each")
     if args.multirun and (ahead := leader()):
@@ -80,7 +81,7 @@ def compose_and_run(command: str, words: list[str]) -> Any:
     def task(cfg: DictConfig) -> None:
         try:
             config = typed(cfg, command, HydraConfig.get().runtime.choices.get("algo"))
-            result.append(TASKS[command](config))
+            result.append((dry_run if dry else TASKS[command])(config))
         except BaseException as error:  # Hydra would print its own line about it; it is raised again outside
             failed.append(error)
 
@@ -234,6 +235,16 @@ def plan(cfg: TrainConfig) -> None:
     for stage in first:
         print(f"stage {stage.name}, which comes first: prefopt plan {shlex.join(stage.words)}\n\n{plan_text(stage.cfg)}\n")
     print(plan_text(cfg))
+
+
+def dry_run(cfg: TrainConfig) -> None:
+    """`prefopt plan --dry-run`: one step on processes that are not there, of each stage and of the run."""
+    from prefopt.training.rehearsal import rehearsal_text
+
+    first = stages_of(cfg)
+    for part in (*(stage.cfg for stage in first), cfg):
+        check_data(part)
+        print(rehearsal_text(part))
 
 
 def evaluate(cfg: Any) -> dict[str, Any]:

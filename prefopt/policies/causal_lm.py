@@ -198,9 +198,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def autocast(self) -> torch.autocast:
-        """bf16 matrix products, inside the policy, so that reference copies and sampling compute exactly as training does."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+    def autocast(self, keep: bool = False) -> torch.autocast:
+        """bf16 matrix products, inside the policy, so that reference copies and sampling compute exactly as training does. A pass uses each
+        weight once; only sampling should `keep` them in bf16, which takes memory for all of them at a time (under ZeRO 3 as well).
+        """
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=keep)
 
     def tokenise(self, example: Example) -> Tokens:
         return self.tokeniser(example)
@@ -323,7 +325,7 @@ class CausalLM(LanguageModel):
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt):], mask[row, width - len(prompt):] = torch.tensor(prompt), 1
-        with self.autocast(), eagerly(self.cfg.compile):
+        with self.autocast(keep=True), eagerly(self.cfg.compile):
             made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
         replies = []
         for new in made[:, width:].tolist():

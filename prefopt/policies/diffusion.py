@@ -310,7 +310,8 @@ class DiffusionPolicy(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """bf16 products, inside the policy, so that references and sampling compute exactly as training does."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        # Each weight is used once in a pass: keeping them in bf16 would gain nothing, and hold all of them (under ZeRO 3 as well).
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
     @contextmanager
     def without_adapter(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefopt.report import time_split
 from prefopt.report.plots import Group, Row, Series, finite, number, points, smooth
 
 GB = 1e9
@@ -93,6 +94,7 @@ def group(train: list[Row], status: dict, manifest: dict) -> Group:
     memory = [(step, held / GB) for step, held in points(train, "peak_memory")]
     out.add("Peak memory", [Series("", memory)], "Most that any process has held so far, evaluations included.", "no memory was recorded",
             unit="GB")
+    time_split.add(out, status)
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +24,13 @@ from prefopt.training.coupling import gather_batches, join
 from prefopt.training.metrics import Averages, batch_metrics
 from prefopt.training.parallel import Replicated
 from prefopt.training.throughput import Effort, StepKind, count, kind_of, peak_memory
+from prefopt.training.timing import PARTS, Clock, watch
 
 
 @dataclass
 class StepResult:
-    """What a step did, over all ranks. `memory`: most bytes that a rank has held so far."""
+    """What a step did, over all ranks. `memory`: most bytes that a rank has held so far. `times`: of every rank, where the time since the
+    step before the last one went (`timing.PARTS`, seconds)."""
 
     loss: float
     grad_norm: float
@@ -36,6 +38,7 @@ class StepResult:
     metrics: dict[str, float]
     effort: Effort
     memory: int
+    times: list[list[float]] = field(default_factory=list)
 
 
 def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
@@ -77,6 +80,8 @@ class Engine:
         else:
             self.parallel = Replicated(policy, optimizer, accelerator)
         self.model, self.optimizer, self.parameters = self.parallel.model, self.parallel.optimizer, self.parallel.parameters
+        self.clock, self.lap = Clock(accelerator.device), [0.0] * len(PARTS)
+        watch(self.model, self.clock)
 
     @property
     def moving_reference(self) -> bool:
@@ -149,19 +154,24 @@ class Engine:
         averages, effort = Averages(), count(micros, self.kind)  # counted before anything runs: nothing waits for the device
         backward = self._backward_coupled if self.objective.coupling == "global" else self._backward_local
         loss = backward(micros, averages)
-        norm = self.parallel.clip(self.cfg.max_grad_norm)
+        with self.clock("optimizer"):
+            norm = self.parallel.clip(self.cfg.max_grad_norm)
         # All that the host must know is read here, at once; it then prepares the next step while the device runs the update.
-        memory = [0.0] * self.world
-        memory[self.accelerator.process_index] = peak_memory(self.accelerator.device)
-        known = torch.tensor([*astuple(effort), *memory], dtype=loss.dtype, device=loss.device)
+        ranks = torch.zeros(self.world, 1 + len(PARTS), dtype=loss.dtype)
+        ranks[self.accelerator.process_index] = torch.tensor([peak_memory(self.accelerator.device), *self.lap])
+        known = torch.cat([torch.tensor(astuple(effort), dtype=loss.dtype), ranks.flatten()]).to(loss.device)
         metrics = averages.reduce(self.sum_over_ranks)
         sums = self.sum_over_ranks(torch.cat([loss.reshape(1), known]))
         norm, loss, *known = torch.cat([norm.reshape(1), sums]).tolist()
+        self.lap = list(self.clock.lap().values())
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            self.parallel.update()
-        self.parallel.clear()
-        return StepResult(loss, norm, not finite, metrics, Effort(*known[: -self.world]), int(max(known[-self.world :])))
+        with self.clock("optimizer"):
+            if finite:
+                self.parallel.update()
+            self.parallel.clear()
+        count_of, width = len(astuple(effort)), 1 + len(PARTS)
+        effort, everyone = Effort(*known[:count_of]), [known[i : i + width] for i in range(count_of, len(known), width)]
+        return StepResult(loss, norm, not finite, metrics, effort, int(max(held for held, *_ in everyone)), [lap for _, *lap in everyone])
 
     def _backward_local(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
         """Micro-batches one after the other: an objective that is a sum over units."""
@@ -169,10 +179,12 @@ class Engine:
         loss = torch.zeros((), dtype=double_type(self.accelerator.device), device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self.parallel.synced(last=i == len(micros) - 1):
-                batch = self.score(micro.to(self.accelerator.device))
-                terms = self.objective(batch)
-                share, shares = reduce_terms(batch, terms, totals)
-                self.parallel.backward(share * self.world)  # data parallelism averages gradients over ranks
+                with self.clock("forward"):
+                    batch = self.score(micro.to(self.accelerator.device))
+                    terms = self.objective(batch)
+                    share, shares = reduce_terms(batch, terms, totals)
+                with self.clock("backward"):
+                    self.parallel.backward(share * self.world)  # data parallelism averages gradients over ranks
             batch_metrics(self.objective, batch, terms, shares, averages)
             loss += share.detach()
         return loss
@@ -180,10 +192,11 @@ class Engine:
     def _backward_coupled(self, micros: list[MicroBatch], averages: Averages) -> Tensor:
         """An objective that needs all scores at once: score without gradient, differentiate the loss with respect to the scores,
         then run each micro-batch again with dL/dscore as the upstream gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self.clock("forward"):
             scored = [self.score(m.to(self.accelerator.device)) for m in micros]
         local = join(scored)
-        everyone = gather_batches(local, self.world)
+        with self.clock("communication"):
+            everyone = gather_batches(local, self.world)
         whole = join(everyone)
         leaves = {q: t.detach().requires_grad_() for q, t in whole.scores["policy"].items()}
         whole.scores["policy"] = leaves
@@ -201,14 +214,16 @@ class Engine:
             self._prepare(keep)
             kept_tokens = taught[micro.layout.token_edge]
             with self.parallel.synced(last=i == len(micros) - 1):
-                live = quantities(self.model(keep, *self._asked(keep)[0]), keep.layout, self.policy.quantity)
+                with self.clock("forward"):
+                    live = quantities(self.model(keep, *self._asked(keep)[0]), keep.layout, self.policy.quantity)
                 replay = torch.zeros((), device=self.accelerator.device)
                 for q, g in upstream.items():
                     if q in PER_TOKEN:
                         replay = replay + (live[q] * g[token : token + len(kept_tokens)][kept_tokens]).sum()
                     else:
                         replay = replay + (live[q] * g[edge : edge + len(taught)][taught]).sum()
-                self.parallel.backward(replay * self.world)
+                with self.clock("backward"):
+                    self.parallel.backward(replay * self.world)
             edge, token = edge + len(taught), token + len(kept_tokens)
         # Every rank holds the whole loss; its share is what the sum over ranks expects.
         detached = {name: share.detach() / self.world for name, share in shares.items()}
@@ -226,7 +241,8 @@ class Engine:
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.world > 1:
             value = value.to(self.accelerator.device)
-            dist.all_reduce(value)
+            with self.clock("communication"):
+                dist.all_reduce(value)
         return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from prefopt.training.selfcheck import self_check
 from prefopt.training.setup import Run, make_accelerator, make_trackers, set_up
 from prefopt.training.signals import StopSignals
 from prefopt.training.throughput import Speed
+from prefopt.training.timing import Times, straggler_lines
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
@@ -42,7 +44,9 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
             log.evaluate(step)
         while step < run.total_steps:
             run.moving(step)
-            result = run.engine.step(run.source.step(step), learning_rate(step, run.total_steps, cfg.optim))
+            with run.engine.clock("data"):
+                micros = run.source.step(step)
+            result = run.engine.step(micros, learning_rate(step, run.total_steps, cfg.optim))
             step += 1
             run.moving.after(step)
             log.step(step, result)
@@ -75,6 +79,7 @@ class Log:
         self.tokens = self.skipped = self.skipped_in_a_row = 0
         self.counted = "pictures" if run.engine.kind.layout == "draws" else "tokens"
         self.speed = Speed(run.peak, run.engine.world, run.unit, self.counted)
+        self.times = Times(run.engine.world, int(os.environ.get("LOCAL_WORLD_SIZE", run.engine.world)))
         self.last: dict[str, Any] = {}
         self.warned: set[str] = set()  # alarms that were said while the run goes on
         self.best: dict[str, Any] | None = None
@@ -125,7 +130,8 @@ class Log:
         row = {
             "step": step, "seconds": self.seconds, "split": "train", "loss": result.loss, "grad_norm": result.grad_norm,
             "lr": learning_rate(step - 1, self.run.total_steps, self.cfg.optim), self.counted: self.tokens,
-            **self.speed.step(result.effort, result.memory, self.run.source.waited), **result.metrics, **self.run.source.metrics,
+            **self.speed.step(result.effort, result.memory, self.run.source.waited), **self.times.add(result.times),
+            **result.metrics, **self.run.source.metrics,
         }
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.skipped += result.skipped
@@ -158,7 +164,7 @@ class Log:
         return self.evaluation_due(step)
 
     def evaluate(self, step: int) -> None:
-        with self.run.moving.averaged():
+        with self.run.moving.averaged(), self.run.engine.clock.pause():
             row, samples = self.run.judge(step)
         self.last = {"step": step, "seconds": self.seconds, "split": "eval", **row}
         if (wanted := self.cfg.train.keep_best) and wanted.removeprefix("-") not in row:
@@ -202,12 +208,13 @@ class Log:
         """Copies what a checkpoint holds; it is written while training goes on."""
         if self.skipped_in_a_row == 0:
             began = time.monotonic()
-            self.written()
-            snapshot = checkpoint.take(self.run.engine, {
-                "step": step, "seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row, "threads": torch.get_num_threads(), "speed": self.speed.state(),
-                "best": self.best_of(step),
-            })
+            with self.run.engine.clock("checkpoint"):
+                self.written()
+                snapshot = checkpoint.take(self.run.engine, {
+                    "step": step, "seconds": self.seconds, "tokens": self.tokens, "skipped": self.skipped,
+                    "skipped_in_a_row": self.skipped_in_a_row, "threads": torch.get_num_threads(), "speed": self.speed.state(),
+                    "best": self.best_of(step),
+                })
             if snapshot is not None:
                 self.writer.start(snapshot)
                 self.waited = round(time.monotonic() - began, 4)
@@ -271,13 +278,16 @@ class Log:
         self.samples.close()
         for alarm in alarms(read_jsonl(self.run.folder / "metrics.jsonl")):
             print(f"ALARM {alarm.title}: {alarm.explanation}\nSee {alarm.link}", file=sys.stderr)
+        for line in straggler_lines(self.times.averages()):
+            print(line, file=sys.stderr)
         if state == "stopped":
             print(f"after step {step}: {message} (with hydra.run.dir={self.run.folder})", file=sys.stderr)
         print(f"report: {report}", file=sys.stderr)
 
     def status(self, state: str, step: int, message: str = "") -> None:
         if self.run.main:
-            write_status(self.run.folder, state, step, self.run.total_steps, self.seconds, message, self.speed.averages())
+            write_status(self.run.folder, state, step, self.run.total_steps, self.seconds, message, self.speed.averages(),
+                         self.times.averages())
 
     def write(self, row: dict[str, Any]) -> None:
         self.metrics.log(row)

@@ -29,6 +29,7 @@ from prefopt.policies import logprob
 from prefopt.policies.flops import layer_kinds
 from prefopt.policies.head import head_of
 from prefopt.policies.loading import add_lora
+from prefopt.training.sharding import MOMENTS, NUMBER, Layout, states
 
 FOURBIT = 0.516  # bytes of a weight in nf4 with doubly quantised scales: 4 + 8/64 + 32/(64 x 256) bits (arXiv 2305.14314, section 3)
 LIBRARIES = 0.5e9  # bytes that a process has after its imports, where it cannot be told any more
@@ -64,7 +65,7 @@ class DryRun:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process by part; `peak` is that of the worst of `moments`."""
+    """Bytes of one process by part; `peak` is that of the worst of `moments`. `host` is the CPU memory that offload takes."""
 
     runtime: float  # the interpreter, its libraries and the rows; on a GPU its context
     weights: float
@@ -75,6 +76,8 @@ class Memory:
     working: float
     slack: float
     moments: dict[str, float]
+    gathered: float = 0.0
+    host: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -142,7 +145,7 @@ def _at_depth(config: Any, layers: int, cfg: ModelConfig, precision: str, reward
         held, trained = live.now, [p for p in model.parameters() if p.requires_grad]
 
         def score() -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
                 return _score(model, inner, shape, reward)
 
         with torch.no_grad():
@@ -269,30 +272,41 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def memory(run: DryRun, cfg: ModelConfig, *, device: str, world: int, micros: int, frozen_copies: int, reloads: bool, cache: float,
-           runtime: float, quantised: float = 0.0) -> Memory:
+def memory(run: DryRun, *, device: str, layout: Layout, micros: int, frozen_copies: int, reloads: bool, cache: float, runtime: float,
+           quantised: float = 0.0) -> Memory:
     """Adds up the parts of a process.
 
+    layout:      how states are split among processes.
     micros:      most micro-batches in a step; gradients are held through all but the first.
-    frozen_copies: models that stay in memory beside the policy: a reference, teachers. `reloads`: one is loaded for each evaluation.
+    frozen_copies: models that stay in memory beside the policy, each whole: a reference, teachers. `reloads`: one is loaded for each
+                 evaluation.
     cache:       bytes that sampling takes (keys and values, logits). `quantised`: weights stored in 4 bits, in numbers.
     """
     weights = run.weights - quantised * ((2 if run.weights < 3 * run.parameters else 4) - FOURBIT)
-    gradients, optimizer = 4 * run.trainable, 8 * run.trainable
+    held = states(layout, weights, run.parameters, run.trainable)
     reference = frozen_copies * weights
-    base = runtime + weights + optimizer + reference
-    buckets = gradients if world > 1 else 0.0  # DistributedDataParallel sends gradients from a copy
+    base = runtime + held.weights + held.optimizer + reference
+    whole = NUMBER * run.trainable  # gradients as backward passes leave them
     working = max(run.working, run.scoring) if frozen_copies else run.working
-    held = gradients if micros > 1 else 0.0
-    slack = SLACK[device] * (run.activations + working + held)
+    if layout.stage == 0:
+        kept, at_update = whole if micros > 1 else 0.0, whole + held.buckets
+    else:
+        kept = held.gradients if layout.stage > 1 or micros > 1 else 0.0
+        at_update = NUMBER * run.trainable / layout.world if layout.offload == "none" else 0.0
+    slack = SLACK[device] * (run.activations + working + kept)
     moments = {
-        "a backward pass": base + buckets + held + run.activations + working + slack,
-        "an update of the weights": base + buckets + gradients,  # the fused AdamW makes no tensors
-        "an evaluation": base + (weights if reloads else 0.0) + max(cache, run.scoring),
+        "a backward pass": base + held.buckets + kept + held.gathered + run.activations + working + slack,
+        "an update of the weights": base + at_update,  # the fused AdamW makes no tensors
+        "an evaluation": base + (weights if reloads else 0.0) + held.gathered + max(cache, run.scoring),
     }
+    if layout.stage == 3:  # they are split after they were loaded, and gathered to sample and to be saved
+        moments["the start and the end, with whole weights"] = base - held.weights + weights + cache
     if device == "cpu":  # safetensors copies what it is given before it writes
-        moments["a checkpoint"] = base + 8 * run.trainable
-    return Memory(runtime, weights, reference, optimizer, gradients + buckets, run.activations, working, slack, moments)
+        moments["a checkpoint"] = base + MOMENTS * run.trainable
+        if layout.offload != "none":  # it is the same memory
+            moments = {name: size + held.host for name, size in moments.items()}
+    return Memory(runtime, held.weights, reference, held.optimizer, held.gradients + held.buckets, run.activations, working, slack, moments,
+                  held.gathered, held.host)
 
 
 def resident() -> float:

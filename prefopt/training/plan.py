@@ -13,29 +13,34 @@ from typing import Any
 
 import torch
 
+from prefopt.config.hardware import check_hardware
+from prefopt.config.objective_source import read_objective
 from prefopt.config.schema import TrainConfig
 from prefopt.data.batch import MicroBatch, Row, split_step, step_rows
 from prefopt.data.dataset import make_dataset, make_prompts
 from prefopt.data.fits import VIEW_OF_KIND
 from prefopt.data.sources import load_data
-from prefopt.data.tokenise import Branch, Tokens
+from prefopt.data.tokenise import Branch, Tokeniser, Tokens
 from prefopt.data.transforms import apply_transforms, transform_lines
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies import divergence, packed
 from prefopt.policies.flops import ModelShape, shape_of
-from prefopt.policies.loading import load_config, load_tokeniser
+from prefopt.policies.known_configs import CHARACTERS, known_config, stand_in
+from prefopt.policies.loading import context_of, load_config, load_tokeniser
 from prefopt.policies.locate import locate
 from prefopt.policies.teacher import live_teachers
 from prefopt.training import memory
+from prefopt.training.deepspeed_json import deepspeed_json
 from prefopt.training.memory import Memory, Shape
 from prefopt.training.online import round_rows
 from prefopt.training.reference import evaluations, tree_tokens, visits
 from prefopt.training.setup import Run, make_objective
+from prefopt.training.sharding import layout_of, traffic
 from prefopt.training.source import OfflineSource
 from prefopt.training.throughput import Effort, StepKind, count, find_peak, head_products
 
-COUNTED = 48  # steps, evenly spread over the run, whose FLOPs are counted
+COUNTED = 48  # steps, evenly spread over the run, whose FLOPs are counted; of large worlds fewer, at least three
 LONGEST = 16  # rows whose steps are looked at for the largest micro-batch, beside those
 
 
@@ -49,7 +54,9 @@ class Ground:
     config: Any  # of transformers
     shape: ModelShape
     runtime: float  # bytes of the interpreter, its libraries and the rows
+    tokeniser: Tokeniser
     transforms: Sequence[tuple[str, str]] = ()  # what data transforms did to the training rows
+    assumed: str = ""  # what could not be read, and what is taken instead
 
     @property
     def reward(self) -> bool:
@@ -75,6 +82,7 @@ class Plan:
     scoring: float  # FLOPs to score every row once with the reference, over the whole run
     trainable: float
     memory: Memory
+    sent: dict[str, float]  # bytes that a process sends in a step, by purpose
     capacity: float | None  # bytes of memory for one process
     peak: float | None  # FLOP/s of one device
     peak_from: str
@@ -93,13 +101,7 @@ class Plan:
 def ground_of(cfg: TrainConfig) -> Ground:
     """Reads config, tokenizer and data. Raises `UserError` where a run could not start."""
     objective = make_objective(cfg.algo)
-    tokeniser = load_tokeniser(cfg.model, cfg.data, cfg.trust)
-    if cfg.model.path is None and cfg.model.name.startswith("tiny-lm"):
-        from prefopt.policies.tiny_lm import model_config
-
-        config = model_config(tokeniser.tokenizer)
-    else:
-        config = load_config(locate(cfg.model, weights=False), cfg.trust)
+    tokeniser, config, assumed = _read(cfg)
     online, view = cfg.source.kind != "offline", "pairs" if objective.view == "groups" else objective.view
     train, held_out = load_data(cfg.data, cfg.trust)
     apply_transforms((train, held_out), cfg.data, cfg.seed)  # as far as that needs no model
@@ -110,7 +112,25 @@ def ground_of(cfg: TrainConfig) -> Ground:
         raise UserError(f"{len(rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
     judged = [] if as_prompts else make_dataset(held_out, *settings).rows
     return Ground(objective, [_answered(row, cfg, view) for row in rows] if online else rows, judged, config, shape_of(config),
-                  memory.resident(), transform_lines(train))
+                  memory.resident(), tokeniser, transform_lines(train), assumed)
+
+
+def _read(cfg: TrainConfig) -> tuple[Tokeniser, Any, str]:
+    """(tokeniser, config of transformers, what had to be assumed). A model out of reach is planned from its published config."""
+    if cfg.model.path is None and cfg.model.name.startswith("tiny-lm"):
+        from prefopt.policies.tiny_lm import model_config
+
+        tokeniser = load_tokeniser(cfg.model, cfg.data, cfg.trust)
+        return tokeniser, model_config(tokeniser.tokenizer), ""
+    try:
+        config = load_config(locate(cfg.model, weights=False), cfg.trust)
+        return load_tokeniser(cfg.model, cfg.data, cfg.trust), config, ""
+    except UserError:
+        if (config := known_config(cfg.model.path)) is None:
+            raise
+    tokeniser = Tokeniser(stand_in(), cfg.data, context_of(config), "plain")
+    return tokeniser, config, (f"the files of {cfg.model.path} are out of reach: its published sizes are used, and {CHARACTERS} characters "
+                               "are taken as a token")
 
 
 def ground_of_run(run: Run) -> Ground:
@@ -119,7 +139,8 @@ def ground_of_run(run: Run) -> Ground:
     source = getattr(run.source, "batches", run.source)
     rows = source.rows or [_answered(row, run.cfg, run.engine.objective.view) for row in run.source.prompts.rows]
     held_out = run.judge.held_out.rows if run.judge.held_out else []
-    return Ground(run.engine.objective, rows, held_out, policy.inner.config, shape_of(policy.inner.config), memory.LIBRARIES)
+    return Ground(run.engine.objective, rows, held_out, policy.inner.config, shape_of(policy.inner.config), memory.LIBRARIES,
+                  policy.tokeniser)
 
 
 def _answered(row: Row, cfg: TrainConfig, view: str) -> Row:
@@ -142,16 +163,15 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     kind = replace(kind, reference=kind.reference and reference != "stored")
     text = ground.config.get_text_config()
 
-    spread = sorted({i * steps // min(COUNTED, steps) for i in range(min(COUNTED, steps))})
+    spread = counted_steps(steps, source.world)
     work, slowest, unshared, padded = Effort(), 0.0, 0.0, 0.0
     rows = replace(source, layout="rows")
     for step in spread:
         per_rank = []
-        for rank in range(source.world):
-            micros = replace(source, rank=rank).step(step)
+        for micros, plain in zip(source.of_all_ranks(step), rows.of_all_ranks(step), strict=True):
             per_rank.append(count(micros, kind))
             unshared += count([_apart(m) for m in micros], kind).useful
-            padded += count(replace(rows, rank=rank).step(step), replace(kind, layout="rows", shared=False)).executed
+            padded += count(plain, replace(kind, layout="rows", shared=False)).executed
         work = sum(per_rank, work)
         slowest += max(e.executed for e in per_rank)
     share = 1 / len(spread)
@@ -171,20 +191,22 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     reloads = cfg.evaluation.kl and not ground.reward and not (lora or cfg.reference.refresh != "never") and reference != "frozen copy"
     runtime = memory.GPU_RUNTIME if device.type == "cuda" else ground.runtime
     sampled = 0 if ground.reward or not (online or cfg.evaluation.prompts) else cfg.sampler.batch_size
+    layout = layout_of(cfg.hardware, zero_settings(cfg))
     needs = memory.memory(
-        run, cfg.model, device=device.type, world=source.world, micros=most, reloads=reloads,
+        run, device=device.type, layout=layout, micros=most, reloads=reloads,
         frozen_copies=_copies(cfg, ground.objective, reference), cache=_cache(cfg, text, ground, sampled),
         runtime=runtime, quantised=ground.shape.body if cfg.model.quantize else 0.0,
     )
     has = cfg.hardware.memory_gb * 1e9 if cfg.hardware.memory_gb else memory.capacity(device.type)
     if has and device.type == "cpu":
-        has /= source.world
+        has /= cfg.hardware.processes
     peak, peak_from = _peak(cfg, device)
     scoring = sum(count([m], replace(kind, reference=True)).executed - count([m], replace(kind, reference=False)).executed
-                  for step in spread for rank in range(source.world) for m in replace(source, rank=rank).step(step))
+                  for step in spread for micros in source.of_all_ranks(step) for m in micros)
     return Plan(
         cfg, ground, device.type, kind, reference, steps, largest, most, Effort(*(share * x for x in vars(work).values())), slowest * share,
-        unshared * share, padded * share, scoring * share * steps, run.trainable, needs, has, peak, peak_from,
+        unshared * share, padded * share, scoring * share * steps, run.trainable, needs,
+        traffic(layout, run.weights, run.parameters, run.trainable, most, passes(kind, reference)), has, peak, peak_from,
         _disk(cfg, run, source, steps, reference, ground),
     )
 
@@ -216,8 +238,24 @@ def _laid_out(cfg: TrainConfig, ground: Ground, device: torch.device) -> tuple[S
     online = cfg.source.kind != "offline"
     size = min(cfg.train.batch_size, round_rows(cfg.source, objective.view, cfg.data.pairs)) if online else cfg.train.batch_size
     source = OfflineSource(ground.rows, objective.view, size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
-                           cfg.seed, 0, cfg.hardware.processes, layout, shared)
+                           cfg.seed, 0, cfg.hardware.world, layout, shared)
     return kind, source
+
+
+def counted_steps(steps: int, world: int) -> list[int]:
+    """The steps whose work is counted, evenly spread over the run."""
+    number = min(COUNTED, steps, max(3, 8 * COUNTED // world))
+    return sorted({i * steps // number for i in range(number)})
+
+
+def zero_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What the DeepSpeed JSON of the run says of ZeRO; nothing without it."""
+    return deepspeed_json(cfg)["zero_optimization"] if cfg.hardware.zero else {}
+
+
+def passes(kind: StepKind, reference: str) -> int:
+    """How often a micro-batch needs the policy's weights: forward, backward, to score a batch first, and as its own reference."""
+    return 2 + kind.twice + (kind.reference and reference in ("adapter off", "second adapter"))
 
 
 def _steps(cfg: TrainConfig, source: OfflineSource) -> int:
@@ -375,6 +413,7 @@ def remedies(cfg: TrainConfig, ground: Ground) -> Iterator[tuple[str, TrainConfi
             yield f"train.micro_batch_tokens={smallest}", replace(of, train=replace(of.train, micro_batch_tokens=smallest))
 
     off = not cfg.model.gradient_checkpointing
+    yield from divided(cfg)
     first = "model.gradient_checkpointing=true"
     if cfg.reference.store == "off" and cfg.source.kind == "offline" and not cfg.model.lora.enabled:
         yield "reference.store=auto", replace(cfg, reference=replace(cfg.reference, store="auto"))
@@ -385,7 +424,7 @@ def remedies(cfg: TrainConfig, ground: Ground) -> Iterator[tuple[str, TrainConfi
     yield from budget(cfg)
     slim = model(gradient_checkpointing=True) if off else cfg
     if off:
-        yield from ((f"{first} {name}", changed) for name, changed in budget(slim))
+        yield from ((f"{first} {name}", changed) for part in (divided, budget) for name, changed in part(slim))
     said = f"{first} " if off else ""
     for adapter, quantize in (("lora", None), ("qlora", "4bit")):
         if (cfg.model.lora.enabled and not quantize) or cfg.model.quantize:
@@ -398,9 +437,31 @@ def remedies(cfg: TrainConfig, ground: Ground) -> Iterator[tuple[str, TrainConfi
         yield from ((f"adapter={adapter} {said}{name}", changed) for name, changed in budget(small))
 
 
+def divided(cfg: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """More of the states split among processes, then kept in the CPU's memory. Results stay what they are."""
+    hardware = cfg.hardware
+    stages = [stage for stage in (1, 2, 3) if stage > hardware.zero] if hardware.world > 1 else []
+    for stage in stages:
+        yield f"hardware.zero={stage}", replace(cfg, hardware=replace(hardware, zero=stage))
+    if hardware.device == "cpu" or hardware.world == 1 or hardware.offload == "all":
+        return
+    said = "" if hardware.zero == 3 else "hardware.zero=3 "
+    for offload in ("optimizer", "all")[hardware.offload == "optimizer":]:
+        yield f"{said}hardware.offload={offload}", replace(cfg, hardware=replace(hardware, zero=3, offload=offload))
+
+
+def possible(cfg: TrainConfig) -> bool:
+    """Whether the run can be divided as its hardware config says."""
+    try:
+        check_hardware(cfg, read_objective(cfg.algo["_target_"], cfg.trust.packages))
+    except UserError:
+        return False
+    return True
+
+
 def mend(plan: Plan) -> tuple[str, Plan] | None:
     """The first of the changes with which the run would fit, and its plan."""
     for name, cfg in remedies(plan.cfg, plan.ground):
-        if (changed := estimate(cfg, plan.ground)).fits:
+        if possible(cfg) and (changed := estimate(cfg, plan.ground)).fits:
             return name, changed
     return None

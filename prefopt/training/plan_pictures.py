@@ -32,6 +32,7 @@ from prefopt.data.transforms import apply_transforms
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.denoiser_flops import DrawShape, caption_shapes, counted, low_rank, meta_denoiser
+from prefopt.policies.known_configs import KnownPipeline, known_pipeline
 from prefopt.policies.lora_export import add_lora
 from prefopt.policies.noise import Draws, address
 from prefopt.policies.pipeline import locate_pipeline
@@ -39,8 +40,9 @@ from prefopt.policies.pipeline_folder import NEEDED, PipelineFolder
 from prefopt.policies.user_branch import add_user_branch
 from prefopt.training import memory, plan
 from prefopt.training.memory import DryRun, Live, Memory
-from prefopt.training.plan_text import _flops, _gb, _time, memory_lines
+from prefopt.training.plan_text import _flops, _gb, _time, communication_lines, deepspeed_lines, idle, machines, memory_lines, more_devices
 from prefopt.training.setup import make_objective
+from prefopt.training.sharding import Layout, layout_of, traffic
 from prefopt.training.source import OfflineSource
 from prefopt.training.throughput import Effort, count, picture_kind
 
@@ -81,10 +83,16 @@ class PicturePlan:
     run: DryRun
     unknown: str  # why the activations are not known; empty where they are
     memory: Memory
+    sent: dict[str, float]  # bytes that a process sends in a step, by purpose
     capacity: float | None
     peak: float | None
     peak_from: str
     disk: dict[str, float]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one step, at the assumed share of the peak."""
+        return None if self.peak is None else self.slowest / (self.peak * self.cfg.hardware.mfu)
 
     @property
     def fits(self) -> bool | None:
@@ -96,7 +104,9 @@ class PicturePlan:
 def picture_plan_text(cfg: TrainConfig) -> str:
     """What `prefopt plan` prints. Raises `UserError` where a run could not start."""
     made = estimate(cfg, scene_of(cfg))
-    return "\n".join([verdict(made), "", *table(_about(made), "  "), "", *_memory(made), "", *_work(made)])
+    parts = [[verdict(made)], table(_about(made), "  "), _memory(made), communication_lines(cfg, made.sent, made.seconds), _work(made),
+             deepspeed_lines(cfg)]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def scene_of(cfg: TrainConfig) -> Scene:
@@ -143,8 +153,13 @@ def adapted(found: tuple[DrawShape, dict[str, float]], model: ModelConfig, folde
 
 
 def folder_of(model: ModelConfig) -> PipelineFolder:
-    """The pipeline's folder, of which only the configs need be there."""
-    path = Path(locate_pipeline(model, weights=False).folder)
+    """The pipeline's folder, of which only the configs need be there; of some that are out of reach, what was published of them."""
+    try:
+        path = Path(locate_pipeline(model, weights=False).folder)
+    except UserError:
+        if known := known_pipeline(model.path, model.max_sequence_length):
+            return known
+        raise
     try:
         index = json.loads((path / "model_index.json").read_text())
     except (OSError, ValueError) as error:
@@ -160,7 +175,7 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
                           else "cpu")
     objective = scene.objective
     source = OfflineSource(scene.rows, objective.view, cfg.train.batch_size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
-                           cfg.seed, 0, cfg.hardware.processes, "draws", False, draws=Draws(cfg.noise, cfg.seed))
+                           cfg.seed, 0, cfg.hardware.world, "draws", False, draws=Draws(cfg.noise, cfg.seed))
     steps = cfg.train.steps or source.steps(cfg.train.epochs)
     source = replace(source, total=steps)
     reference = _reference(cfg, scene, source, steps)
@@ -168,22 +183,24 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
     kind = picture_kind(cfg.model, objective, scene.shape, (scene.shape,) * teachers)
     kind = replace(kind, reference=kind.reference and reference != "stored")
 
-    spread = sorted({i * steps // min(plan.COUNTED, steps) for i in range(min(plan.COUNTED, steps))})
+    spread = plan.counted_steps(steps, source.world)
     work, slowest, draws, micros = Effort(), 0.0, 1, 1
     for step in spread:
-        ranks = [replace(source, rank=rank).step(step) for rank in range(source.world)]
+        ranks = source.of_all_ranks(step)
         efforts = [count(mine, kind) for mine in ranks]
         work, slowest = sum(efforts, work), slowest + max(e.executed for e in efforts)
         draws = max([draws, *(int(m.trained.sum()) for mine in ranks for m in mine)])
         micros = max([micros, *(len(mine) for mine in ranks)])
     run, unknown = dry_run(scene.folder, cfg, draws)
-    needs = _needs(cfg, scene, run, device.type, reference, micros, source.world)
+    layout = layout_of(cfg.hardware, plan.zero_settings(cfg))
+    needs = _needs(cfg, scene, run, device.type, reference, micros, layout)
+    sent = traffic(layout, run.weights, run.parameters, run.trainable, micros, plan.passes(kind, reference))
     has = cfg.hardware.memory_gb * 1e9 if cfg.hardware.memory_gb else memory.capacity(device.type)
     if has and device.type == "cpu":
-        has /= source.world
+        has /= cfg.hardware.processes
     share = 1 / len(spread)
     return PicturePlan(cfg, scene, device.type, reference, steps, draws, micros, Effort(*(share * x for x in vars(work).values())),
-                       slowest * share, run, unknown, needs, has, *plan._peak(cfg, device), _disk(cfg, scene, run, reference))
+                       slowest * share, run, unknown, needs, sent, has, *plan._peak(cfg, device), _disk(cfg, scene, run, reference))
 
 
 def _reference(cfg: TrainConfig, scene: Scene, source: OfflineSource, steps: int) -> str:
@@ -197,19 +214,19 @@ def _reference(cfg: TrainConfig, scene: Scene, source: OfflineSource, steps: int
 # ---- memory --------------------------------------------------------------------------------------------
 
 
-def _needs(cfg: TrainConfig, scene: Scene, run: DryRun, device: str, reference: str, micros: int, world: int) -> Memory:
+def _needs(cfg: TrainConfig, scene: Scene, run: DryRun, device: str, reference: str, micros: int, layout: Layout) -> Memory:
     """The parts of a process. VAE and text encoders are there while rows are encoded, and the VAE stays once pictures were sampled."""
     vae, encoding, decoding = scene.vae
     sampled = bool(cfg.evaluation.prompts)
     reloads = cfg.evaluation.kl and not cfg.model.frozen and cfg.reference.refresh == "never" and reference != "frozen copy"
     runtime = (memory.GPU_RUNTIME if device == "cuda" else scene.runtime) + vae * sampled
     needs = memory.memory(
-        run, cfg.model, device=device, world=world, micros=micros, reloads=reloads, runtime=runtime,
+        run, device=device, layout=layout, micros=micros, reloads=reloads, runtime=runtime,
         frozen_copies=plan._copies(cfg, scene.objective, reference), cache=decoding if sampled else 0.0,
     )
     number = ENCODER_NUMBER[device] if cfg.hardware.precision == "bf16" else 4
     encoded = max(vae * (not sampled) + encoding, float(number * scene.texts))
-    return replace(needs, moments={**needs.moments, "the encoding of pictures and captions": runtime + run.weights + encoded})
+    return replace(needs, moments={**needs.moments, "the encoding of pictures and captions": runtime + needs.weights + encoded})
 
 
 def build(folder: PipelineFolder, model: ModelConfig, precision: str) -> Any:
@@ -274,7 +291,7 @@ def _run(key: _Key, precision: str, draws: int) -> DryRun:
             cond["user"] = torch.zeros(draws, 1, key.model.user_width)
 
         def score() -> torch.Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
                 prediction = denoiser.predict(x, t, cond).float()
             return (prediction - target).flatten(1).square().sum()
 
@@ -357,12 +374,13 @@ def remedies(cfg: TrainConfig, widest: int) -> Iterator[tuple[str, TrainConfig]]
 
     if cfg.reference.store == "off" and cfg.noise.pool and not cfg.model.frozen:
         yield "reference.store=auto", replace(cfg, reference=replace(cfg.reference, store="auto"))
+    yield from plan.divided(cfg)
     yield from smaller(cfg)
     said, slim = "", cfg
     if not cfg.model.gradient_checkpointing:
         said, slim = "model.gradient_checkpointing=true", replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
         yield said, slim
-        yield from ((f"{said} {name}", changed) for name, changed in smaller(slim))
+        yield from ((f"{said} {name}", changed) for part in (plan.divided, smaller) for name, changed in part(slim))
     if not cfg.model.frozen:
         for name, of in (("adapter=lora", cfg), (f"adapter=lora {said}".strip(), slim)):
             small = replace(of, model=replace(of.model, lora=replace(of.model.lora, enabled=True)))
@@ -376,7 +394,7 @@ def mend(made: PicturePlan) -> tuple[str, PicturePlan] | None:
     widest = max(row.size(made.scene.objective.view, "draws")[1] for row in made.scene.rows)
     widest = widest * made.cfg.noise.draws // (made.cfg.noise.pool or made.cfg.noise.draws)
     for name, cfg in remedies(made.cfg, widest):
-        if (changed := estimate(cfg, made.scene)).fits:
+        if plan.possible(cfg) and (changed := estimate(cfg, made.scene)).fits:
             return name, changed
     return None
 
@@ -386,7 +404,7 @@ def mend(made: PicturePlan) -> tuple[str, PicturePlan] | None:
 
 def verdict(made: PicturePlan) -> str:
     """Whether it fits, and if not, what would make it fit."""
-    needs, of = _gb(made.memory.peak), "GPU" if made.device == "cuda" else "process"
+    needs, of, cfg = _gb(made.memory.peak), "GPU" if made.device == "cuda" else "process", made.cfg
     if made.unknown:
         return (f"needs more than {needs} per {of}: what activations take could not be measured on fake tensors ({made.unknown}), and is "
                 "left out")
@@ -396,7 +414,7 @@ def verdict(made: PicturePlan) -> str:
         return f"fits: {needs} of {_gb(made.capacity)} per {of}"
     said = f"does not fit: {needs} of {_gb(made.capacity)} per {of}"
     if (found := mend(made)) is None:
-        return f"{said}; no change of checkpointing, micro-batch or adapter would make it fit (weights are not divided among processes)"
+        return f"{said}; no change of checkpointing, micro-batch, adapter or ZeRO would make it fit{more_devices(cfg)}"
     return f"{said}; it would with {found[0]} ({_gb(found[1].memory.peak)})"
 
 
@@ -404,13 +422,15 @@ def _about(made: PicturePlan) -> list[tuple[str, str]]:
     cfg, scene, noise = made.cfg, made.scene, made.cfg.noise
     pool = f"a pool of {noise.pool} for each row" if noise.pool else "new ones at each visit of a row"
     return [
-        ("run", f"algo={cfg.algo.get('name', '')} model={cfg.model.name} data={cfg.data.name} hardware={cfg.hardware.name} "
-                f"({cfg.hardware.processes} process{'es' if cfg.hardware.processes > 1 else ''}, {cfg.hardware.precision})"),
+        ("run", f"algo={cfg.algo.get('name', '')} model={cfg.model.name} data={cfg.data.name} {machines(cfg)}"),
+        *([("assumed", f"the files of {cfg.model.path} are out of reach: its published sizes are used")]
+          if isinstance(scene.folder, KnownPipeline) else []),
         ("model", f"{made.run.parameters / 1e6:,.2f} M parameters, {made.run.trainable / 1e6:,.2f} M trained "
                   f"({100 * made.run.trainable / made.run.parameters:.3g} %), {cfg.model.resolution} pixels a side"),
         ("data", f"{len(scene.rows):,} rows; {scene.pictures:,} pictures and {scene.captions:,} captions to encode, once"),
         ("steps", f"{made.steps:,} of {cfg.train.batch_size} rows; {made.work.tokens:,.0f} pictures each; micro-batches per process: at "
                   f"most {made.micros}, of at most {made.draws} pictures"),
+        *idle(cfg, len(scene.rows)),
         ("noise", f"{noise.draws} draw{'s' if noise.draws > 1 else ''} a visit, {pool}"),
         ("reference", {"stored": "computed once and stored", "none": "none is read"}.get(made.reference, made.reference)),
     ]
@@ -436,7 +456,7 @@ def _work(made: PicturePlan) -> list[str]:
     if made.peak is None:
         lines.append("time: the peak of that GPU is not known here; set hardware.peak_tflops=... (H100 and H200: 989, A100: 312 in bf16)")
     else:
-        seconds, ready = made.slowest / (made.peak * mfu), encoding / (made.peak * mfu * made.cfg.hardware.processes)
+        seconds, ready = made.seconds, encoding / (made.peak * mfu * cfg.hardware.world)
         lines.append(f"time: {_time(seconds)} per step, {_time(seconds * made.steps)} for {made.steps:,} steps, at {100 * mfu:.0f} % "
                      f"(hardware.mfu) of {made.peak / 1e12:.4g} TFLOP/s ({made.peak_from}). Evaluations come on top, and once "
                      f"{_time(ready)} for the VAE to encode the pictures ({_flops(encoding)}) and what the captions take.")

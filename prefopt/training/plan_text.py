@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from prefopt.config.listing import table
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import UserError
+from prefopt.training.deepspeed_json import deepspeed_json
 from prefopt.training.memory import Memory
 from prefopt.training.plan import Plan, estimate, ground_of, ground_of_run, mend
 from prefopt.training.setup import Run
+from prefopt.training.sharding import bandwidth
 from prefopt.training.throughput import peak_memory
 
 OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "not enough memory")  # how torch says it on the CPU, where it has no type
@@ -35,12 +38,14 @@ def plan_text(cfg: TrainConfig) -> str:
 
         return picture_plan_text(cfg)
     plan = estimate(cfg, ground_of(cfg))
-    return "\n".join([verdict(plan), "", *table(_about(plan), "  "), "", *memory_lines(plan.memory, cfg), "", *_work_lines(plan)])
+    parts = [[verdict(plan)], table(_about(plan), "  "), memory_lines(plan.memory, cfg), communication_lines(cfg, plan.sent, plan.seconds),
+             _work_lines(plan), deepspeed_lines(cfg)]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, and if not, what would make it fit."""
-    needs, of = _gb(plan.memory.peak), "GPU" if plan.device == "cuda" else "process"
+    needs, of, cfg = _gb(plan.memory.peak), "GPU" if plan.device == "cuda" else "process", plan.cfg
     if plan.capacity is None:
         return f"needs {needs} per {of}; there is no GPU here to compare with (hardware.memory_gb=... says what there will be)"
     if plan.fits:
@@ -48,7 +53,7 @@ def verdict(plan: Plan) -> str:
     said = f"does not fit: {needs} of {_gb(plan.capacity)} per {of}"
     found = mend(plan)
     if found is None:
-        return f"{said}; no change of checkpointing, micro-batch or adapter would make it fit (weights are not divided among processes)"
+        return f"{said}; no change of checkpointing, micro-batch, adapter or ZeRO would make it fit{more_devices(cfg)}"
     return f"{said}; it would with {found[0]} ({_gb(found[1].memory.peak)})"
 
 
@@ -60,8 +65,8 @@ def _about(plan: Plan) -> list[tuple[str, str]]:
     layout = {"rows": "padded rows, one for each reply", "trees": "padded rows, one for each prompt with its replies",
               "packed": "one packed row without padding"}[plan.kind.layout]
     out = [
-        ("run", f"algo={cfg.algo.get('name', '')} model={cfg.model.name} data={cfg.data.name} hardware={cfg.hardware.name} "
-                f"({cfg.hardware.processes} process{'es' if cfg.hardware.processes > 1 else ''}, {cfg.hardware.precision})"),
+        ("run", f"algo={cfg.algo.get('name', '')} model={cfg.model.name} data={cfg.data.name} {machines(cfg)}"),
+        *([("assumed", ground.assumed)] if ground.assumed else []),
         ("model", f"{shape.parameters / 1e6:,.1f} M parameters, {plan.trainable / 1e6:,.2f} M trained "
                   f"({100 * plan.trainable / shape.parameters:.3g} %)"),
         ("data", f"{len(ground.rows):,} rows; prompts of {_mean(prompts)} and replies of {_mean(replies)} tokens on average, the longest "
@@ -69,6 +74,7 @@ def _about(plan: Plan) -> list[tuple[str, str]]:
         *((f"transform {name}", done) for name, done in ground.transforms),
         ("steps", f"{plan.steps:,} of {cfg.train.batch_size} rows; {work.tokens:,.0f} tokens each; micro-batches per process: at most "
                   f"{plan.micros}"),
+        *idle(cfg, len(ground.rows)),
         ("layout", f"{layout} ({plan.kind.attention}); the largest micro-batch is {plan.largest.rows} x {plan.largest.width:,} positions"),
         ("reference", {"stored": "computed once and stored", "none": "none is read"}.get(plan.reference, plan.reference)),
     ]
@@ -80,8 +86,12 @@ def _about(plan: Plan) -> list[tuple[str, str]]:
 
 def memory_lines(needs: Memory, cfg: TrainConfig, working: str = "chunk of logits, gradients on their way") -> list[str]:
     """The parts of one process, and its worst moment."""
+    stage = cfg.hardware.zero
+    kept = "AdamW's moments and a copy of the weights" if stage else "AdamW's moments"
     rows = [
-        ("weights", needs.weights), ("optimiser (AdamW's moments)", needs.optimizer), ("gradients", needs.gradients),
+        (f"weights{split(cfg, 3)}", needs.weights), (f"optimiser ({kept}{split(cfg, 1, ', ')})", needs.optimizer),
+        (f"gradients{split(cfg, 2)}, with the buckets they are sent in" if cfg.hardware.world > 1 else "gradients", needs.gradients),
+        *([("weights gathered at a time", needs.gathered)] if stage == 3 else []),
         ("reference", needs.reference),
         (f"activations of a micro-batch{' (layers recomputed)' if cfg.model.gradient_checkpointing else ''}", needs.activations),
         (working, needs.working), ("allocator's slack", needs.slack),
@@ -89,7 +99,59 @@ def memory_lines(needs: Memory, cfg: TrainConfig, working: str = "chunk of logit
     ]
     lines = table([(name, _gb(value)) for name, value in rows], "  ")
     moments = ", ".join(f"{_gb(value)} at {moment}" for moment, value in sorted(needs.moments.items(), key=lambda m: -m[1]))
+    if needs.host:
+        lines.append(f"  and in the CPU's memory of each machine, for its {cfg.hardware.processes} processes: "
+                     f"{_gb(needs.host * cfg.hardware.processes)}")
     return ["memory per process", *lines, f"  most is held at {needs.worst}: {moments}"]
+
+
+def machines(cfg: TrainConfig) -> str:
+    """The hardware in a few words."""
+    hardware = cfg.hardware
+    nodes = f"{hardware.nodes} machines with " if hardware.nodes > 1 else ""
+    zero = f", ZeRO {hardware.zero}" if hardware.zero else ""
+    return (f"hardware={hardware.name} ({nodes}{hardware.processes} process{'es' if hardware.processes > 1 else ''}, "
+            f"{hardware.precision}{zero})")
+
+
+def split(cfg: TrainConfig, stage: int, lead: str = ", ") -> str:
+    """Whether what ZeRO splits from `stage` on is split here."""
+    return f"{lead}split {cfg.hardware.world} ways" if cfg.hardware.zero >= stage and cfg.hardware.world > 1 else ""
+
+
+def more_devices(cfg: TrainConfig) -> str:
+    """What is left to people where nothing else helps."""
+    return "; more GPUs would take a smaller part each" if cfg.hardware.world > 1 else "; with several processes ZeRO could split it"
+
+
+def idle(cfg: TrainConfig, rows: int) -> list[tuple[str, str]]:
+    """Says that processes get no rows."""
+    world, batch = cfg.hardware.world, min(cfg.train.batch_size, rows)
+    if batch >= world or cfg.source.kind != "offline":
+        return []
+    return [("idle", f"a step has {batch} rows for {world} processes: {world - batch} of them only compute fillers. "
+                     f"Set train.batch_size={world} or a multiple of it")]
+
+
+def communication_lines(cfg: TrainConfig, sent: dict[str, float], seconds: float | None) -> list[str]:
+    """What a process sends in a step, and how long that takes over links that reach their data sheet."""
+    if not sent:
+        return []
+    total, found = sum(sent.values()), bandwidth(cfg.hardware)
+    lines = ["communication per process and step", *table([(name, _gb(size)) for name, size in sent.items()], "  ")]
+    if found is None:
+        return [*lines, f"  {_gb(total)} in all; how long that takes depends on links that are not known here"]
+    speed, where = found
+    share = f", beside {_time(seconds)} of computing, which hides what overlaps with it" if seconds else ""
+    return [*lines, f"  {_gb(total)} in all: {_time(total / speed)} at {speed / 1e9:.0f} GB/s ({where}, data sheet){share}"]
+
+
+def deepspeed_lines(cfg: TrainConfig) -> list[str]:
+    """The DeepSpeed JSON of the run."""
+    if not cfg.hardware.zero:
+        return []
+    merged = f", with {cfg.hardware.deepspeed} merged over it" if cfg.hardware.deepspeed else ""
+    return [f"DeepSpeed's JSON, generated from hardware={cfg.hardware.name}{merged}", json.dumps(deepspeed_json(cfg), indent=2)]
 
 
 def _work_lines(plan: Plan) -> list[str]:
@@ -134,7 +196,7 @@ def out_of_memory(run: Run, error: BaseException) -> str | None:
     except (UserError, RuntimeError, MemoryError) as failed:  # there may be too little memory left to think
         return f"{said} The plan cannot be made any more ({type(failed).__name__})."
     change = f"What would take less: {found[0]} ({_gb(found[1].memory.peak)})." if found else \
-        "No change of checkpointing, micro-batch or adapter takes less."
+        "No change of checkpointing, micro-batch, adapter or ZeRO takes less."
     return "\n".join([said, f"The plan was {_gb(plan.memory.peak)}:", *memory_lines(plan.memory, run.cfg), change])
 
 

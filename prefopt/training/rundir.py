@@ -127,10 +127,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "", speed: dict | None = None) -> None:
-    """One small JSON file that says how far the run is, and how fast it was on average."""
+def write_status(folder: Path, state: str, step: int, total: int, seconds: float, message: str = "", speed: dict | None = None,
+                 times: dict | None = None) -> None:
+    """One small JSON file that says how far the run is, how fast it was on average, and where each process spent its time."""
     status = {"state": state, "step": step, "total_steps": total, "seconds": round(seconds, 3), "message": redact(message),
-              "speed": speed or {}}
+              "speed": speed or {}, "times": times or {}}
     write_atomic(folder / "status.json", json.dumps(status, indent=2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -95,16 +96,24 @@ class OfflineSource:
     def micro_batches(self, chosen: list[int], visit: int | None = None, view: str = "") -> list[MicroBatch]:
         """This rank's share of the rows `chosen`; equally many micro-batches on every rank. Pictures are scored at the draws of this
         `visit`, or at all that their rows hold."""
-        view, rows = view or self.view, self.rows
+        return next(self._shared_out(chosen, visit, view or self.view, [self.rank]))
+
+    def of_all_ranks(self, number: int) -> list[list[MicroBatch]]:
+        """Every rank's micro-batches of optimiser step `number`."""
+        return list(self._shared_out(*self._place(number), self.view, range(self.world)))
+
+    def _shared_out(self, chosen: list[int], visit: int | None, view: str, ranks: Iterable[int]) -> Iterator[list[MicroBatch]]:
+        rows = self.rows
         if self.draws is not None and visit is not None:
             rows = {r: self.draws.at(self.rows[r], visit) for r in chosen}
-        mine = split_step(rows, chosen, view, self.budget, self.world, self.layout, self.share)[self.rank]
+        parts = split_step(rows, chosen, view, self.budget, self.world, self.layout, self.share)
         filler = min(chosen, key=lambda r: rows[r].size(view, self.layout, self.share))
-        micros = [build(rows, part, view, self.pad, self.soft_labels, filler) for part in mine]
-        if self.draws is not None:
-            for micro in micros:  # whatever is meant per token is meant per picture: more draws are a better look at the same one
-                micro.layout.lengths = torch.ones_like(micro.layout.lengths)
-        return micros
+        for rank in ranks:
+            micros = [build(rows, part, view, self.pad, self.soft_labels, filler) for part in parts[rank]]
+            if self.draws is not None:
+                for micro in micros:  # whatever is meant per token is meant per picture: more draws are a better look at the same one
+                    micro.layout.lengths = torch.ones_like(micro.layout.lengths)
+            yield micros
 
     def everything(self, view: str) -> list[MicroBatch]:
         """This rank's share of one pass over all rows."""

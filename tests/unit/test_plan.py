@@ -15,6 +15,7 @@ from prefopt.policies.logprob import token_logprobs
 from prefopt.training import memory, plan_text
 from prefopt.training.engine import Engine
 from prefopt.training.memory import DryRun, Live, Shape, dry_run
+from prefopt.training.sharding import Layout
 from tests import toy
 from tests.toy_runs import train
 
@@ -86,8 +87,8 @@ RUN = DryRun(weights=4000, parameters=1000, trainable=1000, activations=7000, wo
 
 
 def parts(run=RUN, **changes):
-    settings = dict(device="cpu", world=1, micros=1, frozen_copies=0, reloads=False, cache=0.0, runtime=100.0)
-    return memory.memory(run, ModelConfig(name="x"), **{**settings, **changes})
+    settings = dict(device="cpu", layout=Layout(), micros=1, frozen_copies=0, reloads=False, cache=0.0, runtime=100.0)
+    return memory.memory(run, **{**settings, **changes})
 
 
 def test_the_parts_of_a_process():
@@ -99,7 +100,7 @@ def test_the_parts_of_a_process():
     assert found.moments["a checkpoint"] == 100 + 4000 + 8000 + 8000
     assert parts(micros=2).moments["a backward pass"] == pytest.approx(found.moments["a backward pass"] + 4000 + 0.2 * 4000)
     assert parts(frozen_copies=1).peak == found.peak + 4000
-    assert parts(world=2).moments["a backward pass"] == found.moments["a backward pass"] + 4000
+    assert parts(layout=Layout(2)).moments["a backward pass"] == found.moments["a backward pass"] + 4000
     assert parts(cache=50_000.0).worst == "an evaluation"
     assert parts(reloads=True).moments["an evaluation"] == found.moments["an evaluation"] + 4000
     assert "a checkpoint" not in parts(device="cuda").moments
