@@ -100,6 +100,9 @@ def _check_reward(cfg: Any) -> None:
         raise UserError("reward=flr reads texts, and data=bandit has none; use reward=auto, whose reward is the true one")
 
 
+JUDGES = {False: "Train one with algo=reward_bt and set reward=model reward.path=RUN.",
+          True: "Choose one for pictures: reward=pickscore reward.path=FOLDER, say (prefopt list reward)."}
+
 KINDS = {
     "float": ("a finite number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)),
     "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
@@ -224,8 +227,8 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
     if "diffusion" not in modalities(info):
         raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
-    if cfg.source.kind != "offline":
-        raise UserError(f"source={cfg.source.kind}: pictures cannot be learned from while they are drawn yet; use source=offline")
+    if cfg.source.kind == "rollout":
+        raise UserError("source=rollout: groups of pictures cannot be learned from yet; use source=rounds or source=offline")
     if hasattr(cfg, "noise"):
         _check_inversion(cfg.noise, info)
     if hasattr(cfg, "noise") and cfg.noise.low >= cfg.noise.high:
@@ -326,9 +329,11 @@ def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
                             "use reward=auto")
     if source.kind == "offline":
         return
-    if cfg.reward.kind == "none" or (cfg.reward.kind == "auto" and cfg.data.source not in ("tiny_feedback", "bandit", "tiny_pictures")):
+    asked = source.labels != "given" and source.judge == "reward"
+    known = cfg.reward.kind != "auto" or cfg.data.source in ("tiny_feedback", "bandit", "tiny_pictures")
+    if asked and (cfg.reward.kind == "none" or not known):
         raise UserError(f"source={source.kind} needs a reward for what the policy writes: reward={cfg.reward.kind} gives none for "
-                        f"data={cfg.data.name}. Train one with algo=reward_bt and set reward=model reward.path=RUN.")
+                        f"data={cfg.data.name}. {JUDGES[cfg.data.pictures]}")
     if cfg.sampler.beams > 1:
         raise UserError(f"source={source.kind} draws several replies to a prompt, and sampler.beams={cfg.sampler.beams} finds one; use "
                         "sampler=default, and search when the run is done: prefopt eval run=RUN sampler=r_to_q")
