@@ -63,8 +63,8 @@ def check_picture_rounds(cfg: Any, info: ObjectiveInfo) -> None:
         raise UserError("source.partner=given makes a pair of the picture that a row holds and one sample; it goes with source.samples=1, "
                         "source.keep=null and an algorithm that learns from pairs")
     if source.judge == "policy" and (source.partner == "given" or not info.needs_reference):
-        raise UserError("source.judge=policy ranks a prompt's samples by how much likelier the policy finds them than at the start; it goes "
-                        "with source.partner=sample and an algorithm with a reference")
+        raise UserError("source.judge=policy ranks a prompt's samples by how much likelier the policy finds them than at the start; it "
+                        "goes with source.partner=sample and an algorithm with a reference")
     if source.mix < 1 and (source.keep or info.view != "pairs"):
         raise UserError(f"source.mix={source.mix:g} mixes samples with pairs of the data; it goes with source.keep=null and an algorithm "
                         "that learns from pairs")
@@ -88,8 +88,8 @@ def check_refresh(cfg: Any) -> None:
     if cfg.reference.policy == "base":
         raise UserError(f"reference.refresh={refresh} moves the reference to the policy; set reference.policy=initial")
     if refresh in ("round", "past") and offline:
-        raise UserError(f"reference.refresh={refresh} needs rounds, and source=offline has none; use source=rounds, or reference=default, which "
-                        "stays where it is")
+        raise UserError(f"reference.refresh={refresh} needs rounds, and source=offline has none; use source=rounds, or "
+                        "reference=default, which stays where it is")
     if refresh == "stage":
         if not offline:
             raise UserError(f"reference.refresh=stage needs given rows in stages, and source={cfg.source.kind} samples its rows; use "

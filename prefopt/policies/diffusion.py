@@ -50,7 +50,7 @@ class Drawing:
 
 
 @dataclass
-class Path:
+class Way:
     """How a picture was drawn in S steps: `times` [S], the `states` x_t [S, C, h, w] at them and what was `said` (predicted) there."""
 
     picture: int
@@ -99,7 +99,7 @@ class DiffusionPolicy(nn.Module):
         self.encodings: Encodings | None = None
         self.encoders = encoders  # opened when something has to be encoded or decoded
         self.draws = Draws(noise, seed)
-        self.paths: dict[int, Path] = {}  # group -> how its sample was drawn, for plan=states
+        self.ways: dict[int, Way] = {}  # group -> how its sample was drawn, for plan=states
         self.users = Users(cfg.user_width) if cfg.user_width else None
         self.train()
 
@@ -272,13 +272,13 @@ class DiffusionPolicy(nn.Module):
         """A sample at a state that it was drawn through, where the target is what its writer predicted there; what else is in its group at
         random noise of the same time (Diffusion-DRO, arXiv 2510.18353)."""
         x_t, target, times = [], [], []
-        for clean, share, key in zip(seen.clean, seen.share.tolist(), seen.keys, strict=True):
+        for clean, where, key in zip(seen.clean, seen.share.tolist(), seen.keys, strict=True):
             group, _, picture = key
-            path = self.paths[group]
-            place = min(int(share * len(path.times)), len(path.times) - 1)
-            t = path.times[place : place + 1]
-            if picture == path.picture:
-                made = path.states[place], path.said[place]
+            way = self.ways[group]
+            place = min(int(where * len(way.times)), len(way.times) - 1)
+            t = way.times[place : place + 1]
+            if picture == way.picture:
+                made = way.states[place], way.said[place]
             else:
                 noise = self.draws.noise(tuple(clean.shape), *key)[None]
                 made = self.process.noised(clean[None], noise, t)[0], self.process.target(clean[None], noise, t)[0]
@@ -375,9 +375,9 @@ class DiffusionPolicy(nn.Module):
         return out
 
     @torch.no_grad()
-    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, paths: list[Path] | None = None) -> Tensor:
+    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, ways: list[Way] | None = None) -> Tensor:
         """Latents [B, C, h, w] of a picture for each caption, on the CPU. The noise that each starts from follows from its key. How they
-        were drawn is added to `paths`, if these are asked for; the times of each are then moved about within their steps."""
+        were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps."""
         starts = torch.stack([normals(self.encodings.shape, *key) for key in keys])
         was_training = self.training
         self.eval()
@@ -385,28 +385,28 @@ class DiffusionPolicy(nn.Module):
             out = []
             for i in range(0, len(prompts), sampler.batch_size):
                 part = slice(i, i + sampler.batch_size)
-                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], paths).cpu())
+                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], ways).cpu())
         finally:
             self.train(was_training)
         return torch.cat(out)
 
     def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig, keys: Sequence[tuple] = (),
-                 paths: list[Path] | None = None) -> Tensor:
+                 ways: list[Way] | None = None) -> Tensor:
         """Latents from noise: DDIM, or Euler's steps along a flow."""
         captions = [caption for (caption,) in prompts]
         guidance = self.cfg.guidance if sampler.guidance is None else sampler.guidance
         times = self.process.schedule(sampler.steps).expand(len(x), -1).to(self.device)
-        if paths is not None:
+        if ways is not None:
             times = self.process.jittered(times, torch.tensor([share("jitter", *key) for key in keys], device=self.device))
         x, kept = x.to(self.device), []
         sizes = self.encodings.default_sizes(len(captions))
         sizes = None if sizes is None else sizes.to(self.device)
         for t, to in zip(times.T[:-1], times.T[1:], strict=True):
             said = self.predict(x, t, captions, sizes, guidance)
-            if paths is not None:
+            if ways is not None:
                 kept.append((t, x, said))
             x = self.process.step(said, x, t, to)
-        if paths is not None:
-            ways = [torch.stack(part, 1).cpu() for part in zip(*kept, strict=True)]
-            paths += [Path(0, *way) for way in zip(*ways, strict=True)]
+        if ways is not None:
+            parts = [torch.stack(part, 1).cpu() for part in zip(*kept, strict=True)]
+            ways += [Way(0, *way) for way in zip(*parts, strict=True)]
         return x

@@ -205,7 +205,8 @@ class OnlineSource:
         return (number + 1) * len(samples)
 
     def _write(self, number: int, samples: list[Sample]) -> None:
-        write_atomic(self._path(number), "".join(json.dumps(asdict(s)) + "\n" for s in samples))
+        rows = ({key: value for key, value in asdict(s).items() if value is not None} for s in samples)
+        write_atomic(self._path(number), "".join(json.dumps(row) + "\n" for row in rows))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.jsonl"
@@ -231,6 +232,8 @@ def judged(reward: RewardFunction, written: list[Example]) -> list[float]:
 
 def round_rows(cfg: SourceConfig, view: str, pairs: str) -> int:
     """How many rows a round makes for an objective with this `view`; `pairs` is data.pairs."""
+    if cfg.top < 1:
+        return max(1, round(cfg.top * cfg.prompts))
     return cfg.prompts * (cfg.keep // 2 if cfg.keep and _in_pairs(cfg, view, pairs) else 1)
 
 

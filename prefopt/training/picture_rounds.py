@@ -22,7 +22,7 @@ from prefopt.data.batch import Row, step_rows
 from prefopt.data.dataset import Dataset
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
-from prefopt.policies.diffusion import Path as Way
+from prefopt.policies.diffusion import Way
 from prefopt.policies.noise import address
 from prefopt.policies.reference import Provider
 from prefopt.training.checkpoint import naming
@@ -188,7 +188,7 @@ class PictureRounds(OnlineSource):
     def _rows(self, samples: list[Sample], number: int) -> list[Row]:
         policy, now = self.engine.policy, [s.ids[0] for s in samples]
         policy.encodings.forget(set(self.known) - set(now))
-        policy.paths.clear()
+        policy.ways.clear()
         self.known = now
         self._know(samples)
         if self.cfg.top < 1:
@@ -208,6 +208,9 @@ class PictureRounds(OnlineSource):
         return [s for group in groups[: max(1, round(self.cfg.top * len(groups)))] for s in group]
 
     def _row(self, group: list[Sample], rng: random.Random) -> Row:
+        if self.batches.view == "demonstrations":
+            best = max(group, key=lambda s: s.reward)
+            return Row(Tokens(self.prompts.rows[best.prompt].tokens.prompt, self._branches([best])), "demonstration")
         if self.cfg.partner == "sample":
             return super()._row(group, rng)
         (sample,), draws = group, self.engine.policy.draws
@@ -218,7 +221,7 @@ class PictureRounds(OnlineSource):
             second = address("group", caption, sample.ids[0])
         numbers = draws.numbers(held_out=False)
         if sample.way:
-            self.engine.policy.paths[first] = sample.way
+            self.engine.policy.ways[first] = sample.way
         branches = [draws.branch(own[0], own[1], first, numbers), draws.branch(sample.ids[0], caption, second, numbers)]
         return Row(replace(given.tokens, branches=branches, cut_completions=[0, 0]), "pair", self._label(sample, rng), given.weight)
 

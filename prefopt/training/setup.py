@@ -212,7 +212,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed,
                     deepspeed_json(cfg))
     if online:
-        parts = (engine, train, rewards.get("reward") or rewards.get("true_reward"), cfg.source, cfg.sampler, cfg.data.pairs, folder, source)
+        judges = rewards.get("reward") or rewards.get("true_reward")
+        parts = (engine, train, judges, cfg.source, cfg.sampler, cfg.data.pairs, folder, source)
         pictured = cfg.model.kind == "diffusion"
         source = PictureRounds(*parts, given=given, start=references.initial) if pictured else OnlineSource(*parts)
     moving = Moving(engine, source, cfg, averages)
