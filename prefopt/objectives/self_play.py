@@ -60,7 +60,7 @@ class SePPO(Objective):
     Where the reference denoises the given picture better than the policy does, its own sample is taken for a good one, too, and both are
     learned from. A factor B on the paper's mean errors is beta = 2B/D here. Rewards: beta g. Ranges: the loss starts at ln 2.
     When: good pictures without losers; the reference is one of the run's own past states (reference=past). Limits: the gate looks at a
-    single draw of time and noise.
+    single draw of time and noise; `sample_is_loser` is the share of pairs in which it says that the sample is the worse one.
     """
 
     beta: float = 2000 / 16384

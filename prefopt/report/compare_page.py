@@ -368,12 +368,12 @@ def _seen(method: Method) -> dict[float, float]:
 def _until(path: Series, seen: dict[float, float], common: float) -> Series:
     """The path up to where so many pictures had been trained on."""
     counts, curve, notes = list(seen.values()), [], []
-    for k, (count, point) in enumerate(zip(counts, path.curve, strict=True)):
-        if count > common:
-            share = (common - counts[k - 1]) / (count - counts[k - 1])
-            before = path.curve[k - 1]
-            curve.append(tuple(a + share * (b - a) for a, b in zip(before, point, strict=True)))
-            notes.append(f"{path.label}, {number(common)} pictures, between two evaluations: {number(curve[-1][1])} at {number(curve[-1][0])}")
+    for k, (now, point) in enumerate(zip(counts, path.curve, strict=True)):
+        if now > common:
+            share = (common - counts[k - 1]) / (now - counts[k - 1])
+            x, y = (a + share * (b - a) for a, b in zip(path.curve[k - 1], point, strict=True))
+            curve.append((x, y))
+            notes.append(f"{path.label}, {number(common)} pictures, between two evaluations: {number(y)} at {number(x)}")
             break
         curve.append(point)
         notes.append(path.notes[k])
