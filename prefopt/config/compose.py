@@ -227,8 +227,6 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
     if "diffusion" not in modalities(info):
         raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
-    if cfg.source.kind == "rollout":
-        raise UserError("source=rollout: groups of pictures cannot be learned from yet; use source=rounds or source=offline")
     if hasattr(cfg, "noise"):
         _check_inversion(cfg.noise, info)
     if hasattr(cfg, "noise") and cfg.noise.low >= cfg.noise.high:

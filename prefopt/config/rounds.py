@@ -71,9 +71,9 @@ def check_picture_rounds(cfg: Any, info: ObjectiveInfo) -> None:
     if source.top < 1 and info.view != "demonstrations":
         raise UserError(f"source.top={source.top:g} keeps the best samples to imitate, and {info.name} reads {VIEWS[info.view]}; set "
                         "source.top=1, or use algo=sft")
-    if hasattr(cfg, "noise") and cfg.noise.plan == "states" and source.partner != "given":
-        raise UserError("noise.plan=states scores a sample at the states that it was drawn through, beside the picture that its row holds; "
-                        "set source=self_play")
+    if hasattr(cfg, "noise") and cfg.noise.plan == "states" and (source.partner, source.guidance) != ("given", 1):
+        raise UserError("noise.plan=states scores a sample at the states that it was drawn through, as it was predicted there, beside the "
+                        "picture that its row holds; that needs source.partner=given and source.guidance=1: use source=self_play_states")
 
 
 def check_refresh(cfg: Any) -> None:
