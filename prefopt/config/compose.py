@@ -20,7 +20,7 @@ from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
-from prefopt.config.rounds import check_refresh, check_rounds
+from prefopt.config.rounds import JUDGES, check_harmonic, check_refresh, check_rounds
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
 from prefopt.config.strength import for_model, with_number
@@ -49,6 +49,7 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
         raise UserError(_wrong_value(error, given, OmegaConf.create(given))) from error
     _ranges(out)
     if hasattr(out, "reward"):
+        check_harmonic(out.reward)
         _check_reward(out)
     if hasattr(out, "sampler") and out.sampler.beams > 1 and (out.sampler.temperature, out.sampler.top_p) != (0, 1):
         raise UserError(f"sampler.beams={out.sampler.beams} is a search for the most likely reply, and sampler.temperature="
@@ -99,9 +100,6 @@ def _check_reward(cfg: Any) -> None:
     if kind == "followup" and cfg.data.source == "bandit":
         raise UserError("reward=flr reads texts, and data=bandit has none; use reward=auto, whose reward is the true one")
 
-
-JUDGES = {False: "Train one with algo=reward_bt and set reward=model reward.path=RUN.",
-          True: "Choose one for pictures: reward=pickscore reward.path=FOLDER, say (prefopt list reward)."}
 
 KINDS = {
     "float": ("a finite number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)),

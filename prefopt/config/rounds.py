@@ -12,6 +12,10 @@ PICTURES_ONLY = {"partner": "sample", "judge": "reward", "mix": 1.0, "top": 1.0,
 ROUNDS_ONLY = {"writer": "policy", "keep": None, "labels": "best", "extrapolate": 0.0, **PICTURES_ONLY}
 
 
+JUDGES = {  # what to do where there is none, by whether completions are pictures
+    False: "Train one with algo=reward_bt and set reward=model reward.path=RUN.",
+    True: "Choose one for pictures: reward=pickscore reward.path=FOLDER, say (prefopt list reward).",
+}
 ALONE = "one reply alone is neither better nor worse than anything"
 
 
@@ -74,6 +78,13 @@ def check_picture_rounds(cfg: Any, info: ObjectiveInfo) -> None:
     if hasattr(cfg, "noise") and cfg.noise.plan == "states" and (source.partner, source.guidance) != ("given", 1):
         raise UserError("noise.plan=states scores a sample at the states that it was drawn through, as it was predicted there, beside the "
                         "picture that its row holds; that needs source.partner=given and source.guidance=1: use source=self_play_states")
+
+
+def check_harmonic(reward: Any) -> None:
+    """Refuses settings of RPO's reward where another one is chosen."""
+    for key, usual in (("photos", None), ("likeness", 0.0)):
+        if reward.kind != "harmonic" and (value := getattr(reward, key)) != usual:
+            raise UserError(f"reward.{key}={value} is read with reward=harmonic only; add that, or leave it out")
 
 
 def check_refresh(cfg: Any) -> None:

@@ -158,6 +158,8 @@ class TrackerConfig:
 class RewardConfig:
     kind: str = "auto"  # auto | none | model | followup | one of PICTURE_REWARDS
     path: Optional[str] = None
+    photos: Optional[str] = None
+    likeness: float = 0.0
 
 
 @dataclass
@@ -290,7 +292,7 @@ class TrainConfig:
     run_dir: str = REQUIRED
 
 
-PICTURE_REWARDS = ("pickscore", "hpsv2", "imagereward", "clip", "aesthetic", "brisque")  # see prefopt.rewards.scorers
+PICTURE_REWARDS = ("pickscore", "hpsv2", "imagereward", "clip", "aesthetic", "harmonic", "brisque")  # see prefopt.rewards.scorers
 
 # Values a text key may take; anything else is refused at composition.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -351,6 +353,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("data.completions", "x is None or x >= 2", "at least 2, or null"),
     ("data.buckets", "x is None or x >= 1", "at least 1, or null"),
     ("data.min_size", "x is None or x >= 1", "at least 1, or null"),
+    ("reward.likeness", "0 <= x <= 1", "in [0, 1]"),
     ("source.prompts", "x >= 1", "at least 1"),
     ("source.samples", "x >= 1", "at least 1"),
     ("source.keep", "x is None or (x >= 2 and x % 2 == 0)", "at least 2 and even, or null: kept replies meet in pairs"),

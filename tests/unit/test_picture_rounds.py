@@ -67,8 +67,8 @@ def rounds(accelerator, folder, slug: str, reward=mean, kind: str = "flow", batc
     engine = Engine(policy, objective, frozen, OptimConfig(lr=lr, max_grad_norm=1e9), accelerator, moves)
     batches = OfflineSource([], objective.view, batch, 10**6, 0, "label" in objective.columns, seed, layout="draws", share=False,
                             draws=policy.draws)
-    found = PictureRounds(engine, prompts_of(given), reward, cfg, sampler or SamplerConfig(steps=4, guidance=1.0), "best_worst", folder, batches,
-                          given=given, start=start)
+    sampler = sampler or SamplerConfig(steps=4, guidance=1.0)
+    found = PictureRounds(engine, prompts_of(given), reward, cfg, sampler, "best_worst", folder, batches, given=given, start=start)
     run = TrainConfig(algo={}, model=ModelConfig(kind="diffusion"), source=cfg, reference=ReferenceConfig(refresh=refresh, every=2))
     return found, engine, Moving(engine, found, run, {})
 
@@ -95,7 +95,8 @@ def test_samples_follow_from_seed_round_and_row_and_not_from_the_split(accelerat
         found[size] = source._begin(0)
     for samples in (found[2], found[5]):
         assert [s.ids for s in samples] == [s.ids for s in found[64]]
-        torch.testing.assert_close(torch.stack([s.latent for s in samples]), torch.stack([s.latent for s in found[64]]), rtol=1e-5, atol=1e-6)
+        own, wanted = (torch.stack([s.latent for s in of]) for of in (samples, found[64]))
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6)
     latents = torch.stack([s.latent for s in found[64]]).flatten(1)
     assert torch.cdist(latents, latents).fill_diagonal_(1.0).min() > 1e-3, "no two samples are the same"
     later = source._begin(1)
@@ -150,7 +151,7 @@ def test_a_reward_that_cannot_judge_stops_the_run(reward, said, accelerator, tmp
     (["reward=none"], "gives none for data=tiny-pictures. Choose one for pictures"),
     (["noise=states"], "use source=self_play_states"),
     (["algo=diffusion_dro", "source.guidance=2"], "use source=self_play_states"),
-    (["algo=diffusion_dpo", "noise=states"], "noise.plan=states scores samples at the states that they were drawn through, and source=offline"),
+    (["algo=diffusion_dpo", "noise=states"], "at the states that they were drawn through, and source=offline"),
     (["algo=diffusion_dpo", "reference=past"], "reference.refresh=past needs rounds"),
     (["source.top=0.5"], "source.top=0.5 keeps the best samples to imitate"),
     (["source.judge=policy", "source.partner=given", "source.samples=1"], "source.judge=policy ranks a prompt's samples"),
@@ -162,7 +163,8 @@ def test_a_reward_that_cannot_judge_stops_the_run(reward, said, accelerator, tmp
 def test_refused(words, said):
     slug = next((w.partition("=")[2] for w in words if w.startswith("algo=")), "online_diffusion_dpo")
     with pytest.raises(UserError) as error:
-        typed(composed("model=tiny-flow", "data=tiny-pictures", f"algo={slug}", *(w for w in words if not w.startswith("algo="))), "train", slug)
+        others = [w for w in words if not w.startswith("algo=")]
+        typed(composed("model=tiny-flow", "data=tiny-pictures", f"algo={slug}", *others), "train", slug)
     assert said in str(error.value)
 
 
@@ -172,7 +174,8 @@ def test_refused(words, said):
 LEARNERS = {
     "online_diffusion_dpo": ({"samples": 4}, {"beta": 1.0}, {}),
     "seppo": ({"partner": "given", "labels": "given", "samples": 1, "writer": "reference"}, {"beta": 1.0}, {"reference": "past"}),
-    "diffusion_dro": ({"partner": "given", "labels": "given", "samples": 1, "guidance": 1.0}, {"margin": 1.0}, {"noise": {"plan": "states"}}),
+    "diffusion_dro": ({"partner": "given", "labels": "given", "samples": 1, "guidance": 1.0}, {"margin": 1.0},
+                      {"noise": {"plan": "states"}}),
     "rpo_subject": ({"partner": "given", "labels": "sampled", "samples": 1, "writer": "reference"}, {"beta": 1.0},
                     {"noise": {"plan": "independent"}}),
     "spro_selfplay": ({"samples": 4, "top": 0.5}, {}, {}),
@@ -297,7 +300,8 @@ def test_no_own_pairs_is_diffusion_dpo_on_the_seed(accelerator, tmp_path):
     source, _, _ = rounds(accelerator, tmp_path, "sail_diffusion", judge="policy", mix=0.0)
     for number in range(3):
         source.step(number)
-        assert sorted(r.tokens.branches[0].ids[0] for r in source.batches.rows) == sorted(r.tokens.branches[0].ids[0] for r in source.given.rows)
+        own, seed = (sorted(r.tokens.branches[0].ids[0] for r in rows) for rows in (source.batches.rows, source.given.rows))
+        assert own == seed
 
 
 def test_the_implicit_reward_is_surer_with_more_draws_and_agrees_with_the_labels(accelerator, tmp_path):
