@@ -16,7 +16,7 @@ JUDGES = {  # what to do where there is none, by whether completions are picture
     False: "Train one with algo=reward_bt and set reward=model reward.path=RUN.",
     True: "Choose one for pictures: reward=pickscore reward.path=FOLDER, say (prefopt list reward).",
 }
-ALONE = "one reply alone is neither better nor worse than anything"
+ALONE = "it must be at least 2: one reply alone is neither better nor worse than anything"
 
 
 def check_rounds(cfg: Any, info: ObjectiveInfo) -> None:

@@ -145,7 +145,7 @@ def test_a_reward_that_cannot_judge_stops_the_run(reward, said, accelerator, tmp
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["source.samples=1"], "source.samples=1: one reply alone is neither better nor worse than anything"),
+    (["source.samples=1"], "source.samples=1: it must be at least 2: one reply alone is neither better nor worse"),
     (["source.labels=given"], "source.labels=given prefers the picture that a row holds, and source.partner=sample leaves it out"),
     (["source.partner=given"], "it goes with source.samples=1"),
     (["reward=none"], "gives none for data=tiny-pictures. Choose one for pictures"),
