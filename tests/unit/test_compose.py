@@ -65,7 +65,8 @@ def test_every_choice_composes_and_is_typed(group, name):
     extra += {"best_of": ["algo=sft"], "states": ["source=self_play_states"]}.get(name, []) if group in ("source", "noise") else []
     extra += [*PICTURES, "model.user_width=2"] if (group, name) == ("adapter", "user") else []
     extra += ["model.user_width=2"] if (group, name) == ("algo", "ppd") else []
-    extra += {"round": ["source=rounds"], "past": ["source=rounds"], "stage": ["transforms=curriculum"]}.get(name, []) if group == "reference" else []
+    moves = {"round": ["source=rounds"], "past": ["source=rounds"], "stage": ["transforms=curriculum"]}
+    extra += moves.get(name, []) if group == "reference" else []
     keys = catalogue.resolved_keys(group, name) if group in ("model", "data") else {}
     extra += PICTURES[1:] if group == "model" and keys["kind"].value == "diffusion" else []
     extra += PICTURES[:1] if group == "data" and keys["pictures"].value == "true" else []
