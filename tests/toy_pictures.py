@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Book:
     framing = Framing(1)
 
     def __init__(self, shape: tuple[int, ...]):
-        self.shape, self.mirrored, self.names, self.said = shape, {}, {}, {}
+        self.shape, self.mirrored, self.names, self.said, self.added = shape, {}, {}, {}, {}
 
     def __deepcopy__(self, memo):
         return self
@@ -48,7 +49,19 @@ class Book:
         self.names |= {address("image", *name): name for name in names}
         return [address("image", *name) for name in names]
 
+    def add_latent(self, image: int, mean: Tensor) -> None:
+        self.added[image] = mean
+
+    def forget(self, images: Iterable[int]) -> None:
+        for image in images:
+            self.added.pop(image, None)
+
+    def default_sizes(self, count: int) -> None:
+        return None
+
     def latent(self, image: int) -> tuple[Tensor, None]:
+        if image in self.added:
+            return self.added[image], None
         look = self.names[image][0].partition(".")[0]
         middle = 1.0 if look.startswith("good") else -1.0 if look.startswith("bad") else 0.0
         return middle + 0.3 * normals(self.shape, "look", look, *self.names[image][1:]), None

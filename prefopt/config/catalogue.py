@@ -47,6 +47,7 @@ NEEDS: dict[str, Callable[[ObjectiveInfo], bool]] = {
     "transforms": lambda info: "transforms" in brings(info.slug),
 }
 MODALITIES = ("llm", "diffusion")
+OF_PICTURES = ("best_of", "self_play", "self_play_judged", "self_play_states", "self_rewarding")  # sources that draw
 LIST_OPTIONS = {"view": "pairs", "needs": "reference", "modality": "diffusion"}  # with an example of each
 # An objective with one of these needs is for language models only.
 TEXT_ONLY = ("tokens", "likelihood", "vocabulary", "states", "extra")
@@ -243,6 +244,7 @@ def _quantities(info: ObjectiveInfo) -> set[str]:
 def modalities(info: ObjectiveInfo) -> tuple[str, ...]:
     """Kinds of models that an objective makes sense for: those that need the text's own likelihood are not for diffusion models, and those
     that are about pictures, or have a setting per latent dim, for nothing else."""
-    if info.pictures or info.slug and any(per_mean(value) is not None for value in algo_settings(info.slug).values()):
+    per_dim = info.slug and any(per_mean(value) is not None for value in algo_settings(info.slug).values())
+    if info.pictures or per_dim or brings(info.slug).get("source") in OF_PICTURES:
         return ("diffusion",)
     return ("llm",) if info.scores_rewards or any(NEEDS[word](info) for word in TEXT_ONLY) else MODALITIES

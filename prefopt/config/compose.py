@@ -20,7 +20,7 @@ from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
-from prefopt.config.rounds import check_refresh, check_rounds
+from prefopt.config.rounds import JUDGES, check_harmonic, check_refresh, check_rounds
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
 from prefopt.config.strength import for_model, with_number
@@ -49,6 +49,7 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
         raise UserError(_wrong_value(error, given, OmegaConf.create(given))) from error
     _ranges(out)
     if hasattr(out, "reward"):
+        check_harmonic(out.reward)
         _check_reward(out)
     if hasattr(out, "sampler") and out.sampler.beams > 1 and (out.sampler.temperature, out.sampler.top_p) != (0, 1):
         raise UserError(f"sampler.beams={out.sampler.beams} is a search for the most likely reply, and sampler.temperature="
@@ -224,8 +225,6 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
     if "diffusion" not in modalities(info):
         raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
-    if cfg.source.kind != "offline":
-        raise UserError(f"source={cfg.source.kind}: pictures cannot be learned from while they are drawn yet; use source=offline")
     if hasattr(cfg, "noise"):
         _check_inversion(cfg.noise, info)
     if hasattr(cfg, "noise") and cfg.noise.low >= cfg.noise.high:
@@ -326,9 +325,11 @@ def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
                             "use reward=auto")
     if source.kind == "offline":
         return
-    if cfg.reward.kind == "none" or (cfg.reward.kind == "auto" and cfg.data.source not in ("tiny_feedback", "bandit", "tiny_pictures")):
+    asked = source.labels != "given" and source.judge == "reward"
+    known = cfg.reward.kind != "auto" or cfg.data.source in ("tiny_feedback", "bandit", "tiny_pictures")
+    if asked and (cfg.reward.kind == "none" or not known):
         raise UserError(f"source={source.kind} needs a reward for what the policy writes: reward={cfg.reward.kind} gives none for "
-                        f"data={cfg.data.name}. Train one with algo=reward_bt and set reward=model reward.path=RUN.")
+                        f"data={cfg.data.name}. {JUDGES[cfg.data.pictures]}")
     if cfg.sampler.beams > 1:
         raise UserError(f"source={source.kind} draws several replies to a prompt, and sampler.beams={cfg.sampler.beams} finds one; use "
                         "sampler=default, and search when the run is done: prefopt eval run=RUN sampler=r_to_q")

@@ -163,11 +163,13 @@ class TrackerConfig:
 class RewardConfig:
     kind: str = "auto"  # auto | none | model | followup | one of PICTURE_REWARDS
     path: Optional[str] = None
+    photos: Optional[str] = None
+    likeness: float = 0.0
 
 
 @dataclass
 class NoiseConfig:
-    plan: str = "shared"  # shared | independent | inverted | path
+    plan: str = "shared"  # shared | independent | inverted | path | states
     draws: int = 1
     pool: Optional[int] = None
     timesteps: str = "uniform"  # uniform | logit_normal | importance
@@ -207,14 +209,19 @@ class SourceConfig:
     keep: Optional[int] = None
     rejection_beta: float = 0.5
     epochs: int = 1
-    labels: str = "best"  # best | sampled | soft
+    labels: str = "best"  # best | sampled | soft | given
     extrapolate: float = 0.0
+    partner: str = "sample"  # sample | given
+    judge: str = "reward"  # reward | policy
+    mix: float = 1.0
+    top: float = 1.0
+    guidance: Optional[float] = None
 
 
 @dataclass
 class ReferenceConfig:
     policy: str = "initial"  # initial | base
-    refresh: str = "never"  # never | round | stage | steps
+    refresh: str = "never"  # never | round | stage | steps | past
     every: int = 512
     mix: float = 1.0
     store: str = "auto"  # auto | on | off
@@ -290,7 +297,7 @@ class TrainConfig:
     run_dir: str = REQUIRED
 
 
-PICTURE_REWARDS = ("pickscore", "hpsv2", "imagereward", "clip", "aesthetic", "brisque")  # see prefopt.rewards.scorers
+PICTURE_REWARDS = ("pickscore", "hpsv2", "imagereward", "clip", "aesthetic", "harmonic", "brisque")  # see prefopt.rewards.scorers
 
 # Values a text key may take; anything else is refused at composition.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -313,13 +320,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reward.kind": ("auto", "none", "model", "followup", *PICTURE_REWARDS),
     "source.kind": ("offline", "rounds", "rollout"),
     "source.writer": ("policy", "reference"),
-    "source.labels": ("best", "sampled", "soft"),
-    "noise.plan": ("shared", "independent", "inverted", "path"),
+    "source.labels": ("best", "sampled", "soft", "given"),
+    "source.partner": ("sample", "given"),
+    "source.judge": ("reward", "policy"),
+    "noise.plan": ("shared", "independent", "inverted", "path", "states"),
     "noise.inverter": ("policy", "reference"),
     "noise.timesteps": ("uniform", "logit_normal", "importance"),
     "noise.weighting": ("constant", "snr", "min_snr", "dsm"),
     "reference.policy": ("initial", "base"),
-    "reference.refresh": ("never", "round", "stage", "steps"),
+    "reference.refresh": ("never", "round", "stage", "steps", "past"),
     "reference.store": ("auto", "on", "off"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "resume": ("auto", "never"),
@@ -349,12 +358,15 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("data.completions", "x is None or x >= 2", "at least 2, or null"),
     ("data.buckets", "x is None or x >= 1", "at least 1, or null"),
     ("data.min_size", "x is None or x >= 1", "at least 1, or null"),
+    ("reward.likeness", "0 <= x <= 1", "in [0, 1]"),
     ("source.prompts", "x >= 1", "at least 1"),
-    ("source.samples", "x >= 2", "at least 2: one reply alone is neither better nor worse than anything"),
+    ("source.samples", "x >= 1", "at least 1"),
     ("source.keep", "x is None or (x >= 2 and x % 2 == 0)", "at least 2 and even, or null: kept replies meet in pairs"),
     ("source.rejection_beta", "x >= 0", "0 or more"),
     ("source.epochs", "x >= 1", "at least 1"),
     ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
+    ("source.mix", "0 <= x <= 1", "in [0, 1]"),
+    ("source.top", "0 < x <= 1", "in (0, 1]"),
     ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.zero", "0 <= x <= 3", "in [0, 3]: a ZeRO stage, or 0 for plain data parallelism"),

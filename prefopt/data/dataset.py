@@ -116,6 +116,12 @@ def make_prompts(split: Split, cfg: DataConfig, prompt_ids: Callable[[list, bool
     return out
 
 
+def prompts_of(data: Dataset) -> Dataset:
+    """The prompts of rows, to sample replies to, in the same order."""
+    rows = [Row(Tokens(row.tokens.prompt, []), "prompt") for row in data.rows]
+    return Dataset(rows, [replace(e, completions=[]) for e in data.examples], data.stats)
+
+
 def reduce_ranking(example: Example, pairs: str) -> Example:
     """The best and the worst completion of a ranking (`data.pairs=best_worst`), or all of it."""
     if example.kind != "ranking" or pairs == "all" or len(example.completions) <= 2:

@@ -160,6 +160,11 @@ class Encodings:
         entry = {"mean": mean, "std": std, "sizes": sizes}
         self._added[image] = {name: value.detach().cpu() for name, value in entry.items() if value is not None}
 
+    def forget(self, images: Iterable[int]) -> None:
+        """Takes latents that were added out of memory."""
+        for image in images:
+            self._added.pop(image, None)
+
     def add_caption(self, text: str, tensors: dict[str, Tensor]) -> int:
         """Puts a caption's embeddings under its address, in memory, and returns it."""
         address = _number("caption", self.captions.folder.name, text)

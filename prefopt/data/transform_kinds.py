@@ -221,6 +221,16 @@ def gap_split(rows: list[Example], job: Job, *, part: str, threshold: float | No
     return [e for e, is_easy in zip(rows, easy, strict=True) if is_easy == (part == "easy")]
 
 
+@kind("pair", rules=("0 < share <= 1",))
+def experts(rows: list[Example], job: Job, *, share: float = 0.1) -> list[Example]:
+    """This `share` of the pairs, those whose chosen sides score highest: what deserves to be imitated (Diffusion-DRO, 2510.18353)."""
+    for e in rows:
+        gap_of(e, job)  # refuses a row without scores
+    kept = sorted(range(len(rows)), key=lambda i: -rows[i].completions[0].score)[: max(1, round(share * len(rows)))]
+    job.counts["left out, for others score higher"] += len(rows) - len(kept)
+    return [rows[i] for i in sorted(kept)]
+
+
 @kind(rules=("share is None or 0 < share < 1", "count is None or count >= 1", "share is None or count is None"))
 def mix(rows: list[Example], job: Job, *, path: str, share: float | None = None, count: int | None = None) -> list[Example]:
     """Rows of another file, folder or glob with the same columns: so many that they are this `share` of all rows, or `count`, or all."""

@@ -29,7 +29,7 @@ from prefopt.errors import RunFailed
 from prefopt.policies.denoisers import Denoiser
 from prefopt.policies.encoders import Encoders
 from prefopt.policies.inversion import Leg, floored, grid, walk
-from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals
+from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.user_branch import Users
 
 BY_A_MODEL = ("inverted", "path")  # plans of noise that a model makes
@@ -47,6 +47,16 @@ class Drawing:
     @property
     def ids(self) -> list[int]:
         return self.branch.ids
+
+
+@dataclass
+class Way:
+    """How a picture was drawn in S steps: `times` [S], the `states` x_t [S, C, h, w] at them and what was `said` (predicted) there."""
+
+    picture: int
+    times: Tensor
+    states: Tensor
+    said: Tensor
 
 
 @dataclass
@@ -89,6 +99,7 @@ class DiffusionPolicy(nn.Module):
         self.encodings: Encodings | None = None
         self.encoders = encoders  # opened when something has to be encoded or decoded
         self.draws = Draws(noise, seed)
+        self.ways: dict[int, Way] = {}  # group -> how its sample was drawn, for plan=states
         self.users = Users(cfg.user_width) if cfg.user_width else None
         self.train()
 
@@ -208,6 +219,8 @@ class DiffusionPolicy(nn.Module):
     def sites(self, micro: MicroBatch, reference: Any = None) -> Sites:
         """Held-out pictures are judged at random noise under every plan, so that all runs are judged alike."""
         cfg, seen = self.draws.cfg, self._seen(micro)
+        if cfg.plan == "states" and any(number < HELD_OUT for _, number, _ in seen.keys):
+            return self._state_sites(seen, micro.input_ids.device)
         if cfg.plan not in BY_A_MODEL or any(number >= HELD_OUT for _, number, _ in seen.keys):
             return self._random_sites(seen, micro.input_ids.device)
         seen.clean = seen.clean.to(micro.input_ids.device)
@@ -253,6 +266,25 @@ class DiffusionPolicy(nn.Module):
         clean, t = seen.clean, self.process.times(seen.share)
         noise = torch.stack([self.draws.noise(tuple(clean.shape[1:]), *key) for key in seen.keys])
         made = (self.process.noised(clean, noise, t), self.process.target(clean, noise, t), t, self._weight(seen, t))
+        return Sites(*(part.to(device) for part in made), seen.captions, None if seen.sizes is None else seen.sizes.to(device))
+
+    def _state_sites(self, seen: Seen, device: torch.device) -> Sites:
+        """A sample at a state that it was drawn through, where the target is what its writer predicted there; what else is in its group at
+        random noise of the same time (Diffusion-DRO, arXiv 2510.18353)."""
+        x_t, target, times = [], [], []
+        for clean, where, key in zip(seen.clean, seen.share.tolist(), seen.keys, strict=True):
+            group, _, picture = key
+            way = self.ways[group]
+            place = min(int(where * len(way.times)), len(way.times) - 1)
+            t = way.times[place : place + 1]
+            if picture == way.picture:
+                made = way.states[place], way.said[place]
+            else:
+                noise = self.draws.noise(tuple(clean.shape), *key)[None]
+                made = self.process.noised(clean[None], noise, t)[0], self.process.target(clean[None], noise, t)[0]
+            x_t.append(made[0]), target.append(made[1]), times.append(t)
+        t = torch.cat(times)
+        made = (torch.stack(x_t), torch.stack(target), t, self._weight(seen, t))
         return Sites(*(part.to(device) for part in made), seen.captions, None if seen.sizes is None else seen.sizes.to(device))
 
     def _walk(self, seen: Seen, model: DiffusionPolicy, reach: Tensor, of: list[int], apart: bool) -> Iterator[Leg]:
@@ -331,34 +363,51 @@ class DiffusionPolicy(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Drawing]:
         """A picture for each caption. Where it starts follows from (seed, caption, how often the caption came before for its user)."""
-        shape, starts, seen = self.encodings.shape, [], {}
+        keys, seen = [], {}
         for (caption,) in prompts:
             seen[caption] = seen.get(caption, -1) + 1
-            starts.append(normals(shape, "sample", seed, self._parts(caption)[0], seen[caption]))
-        was_training = self.training
-        self.eval()
-        try:
-            size = sampler.batch_size
-            latents = torch.cat([self._denoise(torch.stack(starts[i : i + size]), prompts[i : i + size], sampler)
-                                 for i in range(0, len(prompts), size)])
-        finally:
-            self.train(was_training)
+            keys.append(("sample", seed, self._parts(caption)[0], seen[caption]))
+        latents = self.draw(prompts, keys, sampler)
         images, numbers, out = self.encoders().decode(latents), self.draws.numbers(held_out=True), []
-        for place, ((caption,), latent, image) in enumerate(zip(prompts, latents.cpu(), images, strict=True)):
+        for place, ((caption,), latent, image) in enumerate(zip(prompts, latents, images, strict=True)):
             picture = address("sample", seed, caption, place, latent.numpy().tobytes())
             self.encodings.add_latent(picture, latent)
             out.append(Drawing(image, self.draws.branch(picture, caption, address("group", caption, picture), numbers)))
         return out
 
-    def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig) -> Tensor:
+    @torch.no_grad()
+    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, ways: list[Way] | None = None) -> Tensor:
+        """Latents [B, C, h, w] of a picture for each caption, on the CPU. The noise that each starts from follows from its key. How they
+        were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps."""
+        starts = torch.stack([normals(self.encodings.shape, *key) for key in keys])
+        was_training = self.training
+        self.eval()
+        try:
+            out = []
+            for i in range(0, len(prompts), sampler.batch_size):
+                part = slice(i, i + sampler.batch_size)
+                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], ways).cpu())
+        finally:
+            self.train(was_training)
+        return torch.cat(out)
+
+    def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig, keys: Sequence[tuple] = (),
+                 ways: list[Way] | None = None) -> Tensor:
         """Latents from noise: DDIM, or Euler's steps along a flow."""
         captions = [caption for (caption,) in prompts]
         guidance = self.cfg.guidance if sampler.guidance is None else sampler.guidance
-        schedule = self.process.schedule(sampler.steps)
-        x = x.to(self.device)
+        times = self.process.schedule(sampler.steps).expand(len(x), -1).to(self.device)
+        if ways is not None:
+            times = self.process.jittered(times, torch.tensor([share("jitter", *key) for key in keys], device=self.device))
+        x, kept = x.to(self.device), []
         sizes = self.encodings.default_sizes(len(captions))
         sizes = None if sizes is None else sizes.to(self.device)
-        for now, to in zip(schedule[:-1], schedule[1:], strict=True):
-            t, to = now.expand(len(x)).to(self.device), to.expand(len(x)).to(self.device)
-            x = self.process.step(self.predict(x, t, captions, sizes, guidance), x, t, to)
+        for t, to in zip(times.T[:-1], times.T[1:], strict=True):
+            said = self.predict(x, t, captions, sizes, guidance)
+            if ways is not None:
+                kept.append((t, x, said))
+            x = self.process.step(said, x, t, to)
+        if ways is not None:
+            parts = [torch.stack(part, 1).cpu() for part in zip(*kept, strict=True)]
+            ways += [Way(0, *way) for way in zip(*parts, strict=True)]
         return x

@@ -143,6 +143,12 @@ class Process:
         ends = torch.linspace(self.steps, 0, steps + 1, dtype=torch.float64).round().long() - 1  # trailing: it begins at T - 1 (2305.08891)
         return ends
 
+    def jittered(self, times: Tensor, share: Tensor) -> Tensor:
+        """Sampling times [B, steps + 1], all but the first and the last moved on by a `share` [B] in [0, 1) of the step that follows."""
+        ahead = (times[:, 1:-1] - times[:, 2:]) * share[:, None]
+        moved = times[:, 1:-1] - (ahead if self.kind == "flow" else ahead.floor().to(times.dtype))
+        return torch.cat([times[:, :1], moved, times[:, -1:]], 1)
+
     def step(self, prediction: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
         """One step of the deterministic sampler (DDIM, arXiv 2010.02502; Euler of a flow) from times `t` [B] to `to` [B], either way."""
         if self.kind == "flow":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefopt.report.picture_panels import standard_errors, trained_reward
 from prefopt.report.plots import Change, Row, change, finite, number, tidy
 
 # docs/reading-your-run.md as one HTML file. It is installed with the package, so a link into it works without a network.
@@ -35,8 +36,12 @@ LOSS_RISE = 0.05
 COLLAPSE_KL = 1.0
 COLLAPSE_LENGTH = 5
 OF_TEXTS = ("length growth", "unfinished replies")  # nothing to check in pictures
-
-
+OF_PICTURES = ("reward hacking",)
+# Beyond two standard errors a change of a measure is hardly chance.
+SURE = 2.0
+# Pictures that lose a fifth of their variety look alike to the eye; fine detail doubles where noise or over-sharpening sets in.
+VARIETY_FALL = 0.20
+DETAIL_GROWTH = 2.0
 
 @dataclass(frozen=True)
 class Alarm:
@@ -71,6 +76,7 @@ def checked(rows: list[dict], pictures: bool = False) -> list[tuple[str, Alarm |
         ("collapse", lambda: _collapse(train, evals, "pictures" if pictures else "language")),
         ("likelihood displacement", lambda: _displacement(train, evals, pictures)),
         ("over-optimisation", lambda: _overoptimisation(evals)),
+        ("reward hacking", lambda: _hacking(train, evals)),
         ("length growth", lambda: _length_growth(evals)),
         ("unfinished replies", lambda: _unfinished(evals)),
         ("skipped steps", lambda: _skipped(train)),
@@ -78,7 +84,7 @@ def checked(rows: list[dict], pictures: bool = False) -> list[tuple[str, Alarm |
     ]
     results: list[tuple[str, Alarm | str | None]] = []
     for name, check in checks:
-        if pictures and name in OF_TEXTS:
+        if name in (OF_TEXTS if pictures else OF_PICTURES):
             continue
         try:
             results.append((name, check()))
@@ -211,6 +217,37 @@ def _overoptimisation(evals: list[Row]) -> Alarm | None:
         "pairs at the expense of what they stand for (over-optimisation).\n"
         f"{use} with fewer steps, a higher beta or a lower learning rate; noisy labels make this worse.",
     )  # fmt: skip
+
+
+def _hacking(train: list[Row], evals: list[Row]) -> Alarm | None:
+    """The reward that samples are judged by rises, and what it is to stand for does not rise with it, or the pictures lose their look."""
+    key = trained_reward(train, evals)
+    if key is None:
+        raise _Unchecked("needs a run that learns from what a reward says of its own samples")
+    c = _moved(evals, key, "the trained reward")
+    rise = standard_errors(c.first, c.last, key)
+    if rise is None:
+        raise _Unchecked("needs the trained reward with its interval at two evaluations")
+    if rise < SURE:
+        return None
+    found = []
+    for other, words in (("true_reward", "the true reward"), ("prompt_match", "prompt match")):
+        if other != key and (shift := standard_errors(c.first, c.last, other)) is not None and shift < -SURE:
+            found.append(f"{words} fell from {number(c.first[other])} to {number(c.last[other])}")
+    for look, words, factor in (("variety", "variety", 1 - VARIETY_FALL), ("high_frequency", "fine detail", DETAIL_GROWTH)):
+        if (before := c.first.get(look)) and (now := c.last.get(look)) is not None and (now / before - factor) * (factor - 1) > 0:
+            found.append(f"{words} of samples is {100 * now / before:.0f} % of what it was")
+    if not found:
+        return None
+    return Alarm(
+        "reward_hacking",
+        "The reward rose and the pictures got worse",
+        "reward-hacking",
+        f"The reward that is trained on rose from {number(c.before)} to {number(c.after)}, while {' and '.join(found)}: the model may have "
+        "found what the reward likes beside what it stands for (reward hacking).\n"
+        "Look at the grids of several evaluations, and take the checkpoint before the turn. Then raise beta, train fewer steps, or "
+        "judge by several rewards.",
+    )
 
 
 def _length_growth(evals: list[Row]) -> Alarm | None:

@@ -262,6 +262,17 @@ def figures(results: Results) -> Group:
         "needs true reward and KL at two evaluations",
         unit="true reward", x_unit="KL to the initial policy, nats",
     )  # fmt: skip
+    if results.known("pictures"):
+        seen = [_seen(method) for method in results.methods]
+        common = min((max(of.values()) for of in seen if of), default=0.0)
+        group.add(
+            "True reward against KL, at equal numbers of pictures",
+            [_until(_path(results, i, "kl"), seen[i], common) for i in range(len(results.methods))],
+            f"The same paths, each cut where {compact(common)} pictures had been trained on, given or drawn by the policy; between two "
+            "evaluations the end lies on a straight line.",
+            "needs true reward and KL at two evaluations",
+            unit="true reward", x_unit="KL to the initial policy, nats",
+        )  # fmt: skip
     group.add(
         "True reward",
         [_curve(results, i, "true_reward") for i in range(len(results.methods))],
@@ -344,6 +355,32 @@ def _path(results: Results, i: int, x: str) -> Series:
         series.band = [(last_x, rewards[last].low, rewards[last].high)]
         series.crosses = [(last_y, *(ends if None not in ends else (last_x, last_x)))]
     return series
+
+
+def _seen(method: Method) -> dict[float, float]:
+    """Pictures trained on up to each evaluation that `_path` shows, mean over runs."""
+    runs = method.with_values("kl")
+    steps = sorted(set(method.steps("true_reward")) & set(method.steps("kl")))
+    return {s: sum(max((r["pictures"] for r in run.train if r["step"] <= s and "pictures" in r), default=0) for run in runs) / len(runs)
+            for s in steps}
+
+
+def _until(path: Series, seen: dict[float, float], common: float) -> Series:
+    """The path up to where so many pictures had been trained on."""
+    counts, curve, notes = list(seen.values()), [], []
+    for k, (now, point) in enumerate(zip(counts, path.curve, strict=True)):
+        if now > common:
+            share = (common - counts[k - 1]) / (now - counts[k - 1])
+            x, y = (a + share * (b - a) for a, b in zip(path.curve[k - 1], point, strict=True))
+            curve.append((x, y))
+            notes.append(f"{path.label}, {number(common)} pictures, between two evaluations: {number(y)} at {number(x)}")
+            break
+        curve.append(point)
+        notes.append(path.notes[k])
+    tags = {len(curve) - 1: tag for tag in path.tags.values()} if curve else {}
+    whole = len(curve) == len(path.curve) and counts[-1:] == [common]
+    return Series(path.label, curve, path.colour, marks=True, notes=notes, tags=tags, band=path.band if whole else [],
+                  crosses=path.crosses if whole else [])
 
 
 # ---- the page ------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ def measures(images: Sequence[Image]) -> dict[str, np.ndarray]:
     return out | ({"variety": variety(features(images))} if len(images) > 1 else {})
 
 
+def distance(images: Sequence[Image], others: Sequence[Image]) -> np.ndarray:
+    """[n] Euclidean distance between the features of two pictures of the same prompt, one of each list. 0 for equal pictures."""
+    return np.linalg.norm(features(images) - features(others), axis=-1)
+
+
 def prompt_match(parts: Sequence[Mapping[str, float]], prompts: Sequence[Hashable]) -> dict[str, np.ndarray]:
     """How far pictures show what was asked: each of `parts` names what a prompt asks for and how far a picture meets it, in [0, 1].
 

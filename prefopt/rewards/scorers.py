@@ -1,4 +1,4 @@
-"""Published scorers of pictures as rewards: PickScore, HPSv2.1, ImageReward, CLIP score and LAION's aesthetic score.
+"""Published scorers of pictures as rewards: PickScore, HPSv2.1, ImageReward, CLIP score, RPO's harmonic reward, LAION's aesthetic score.
 
 Thin code over the CLIP and BLIP of transformers; no package of a scorer is imported. Weights are read from a folder or the hub, safetensors
 only. Where authors publish pickles, docs/image-rewards.md tells how to write them anew; tensors keep the authors' names, which are mapped
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefopt.data.pictures import SUFFIXES, load_picture
 from prefopt.data.records import Example
 from prefopt.errors import UserError
 from prefopt.policies.locate import Located
@@ -284,9 +285,45 @@ class ClipScore(Scorer):
         pooled = self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
+    def seen(self, pixels: Tensor) -> Tensor:
+        """[pictures, d] directions."""
+        return F.normalize(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+
     def score(self, pixels: Tensor, captions: Tensor) -> Tensor:
-        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-        return (F.normalize(self.model.visual_projection(pooled), dim=-1) * captions).sum(-1)
+        return (self.seen(pixels) * captions).sum(-1)
+
+
+class Harmonic(ClipScore):
+    """The harmonic reward of RPO (arXiv 2407.12164): r = 1 / (likeness / a + (1 - likeness) / b), in (0, 1].
+
+    a = (cos(picture, mean of the photos) + 1) / 2, b = (cos(picture, caption) + 1) / 2. The paper takes ALIGN's features, we a CLIP's.
+    Raises `UserError` where likeness is asked for and there are no photos.
+    """
+
+    what = "harmonic"
+
+    def __init__(self, path: str, device: torch.device, photos: str | None = None, likeness: float = 0.0):
+        super().__init__(path, device)
+        self.likeness, self.subject = likeness, None
+        if likeness > 0:
+            files = Path(photos).iterdir() if photos and Path(photos).is_dir() else ()
+            found = sorted(p for p in files if p.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"reward.photos={photos}: reward.likeness={likeness:g} asks for likeness to photos of a subject, and there "
+                                f"is no folder with any; name one, or set reward.likeness=0 (images: {' '.join(SUFFIXES)})")
+            with torch.no_grad():
+                pixels = torch.stack([self.pixels(load_picture({"path": str(p)})) for p in found]).to(device)
+                self.subject = F.normalize(self.seen(pixels).mean(0), dim=-1)
+
+    def score(self, pixels: Tensor, captions: Tensor) -> Tensor:
+        seen = self.seen(pixels)
+        match = ((seen * captions).sum(-1) + 1) / 2
+        return match if self.subject is None else harmonic((seen @ self.subject + 1) / 2, match, self.likeness)
+
+
+def harmonic(likeness: Any, match: Any, weight: float) -> Any:
+    """The weighted harmonic mean of two similarities in (0, 1]; `weight` is that of the first."""
+    return 1 / (weight / likeness + (1 - weight) / match)
 
 
 class PickScore(ClipScore):
@@ -386,7 +423,7 @@ class Aesthetic(Scorer):
         return self.head(F.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1)).squeeze(-1)
 
 
-SCORERS: dict[str, type[Scorer]] = {kind.what: kind for kind in (PickScore, HPSv2, ImageReward, ClipScore, Aesthetic)}
+SCORERS: dict[str, type[Scorer]] = {kind.what: kind for kind in (PickScore, HPSv2, ImageReward, ClipScore, Aesthetic, Harmonic)}
 
 
 # ---- names of tensors ----------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None 
     elif cfg.kind in PICTURE_REWARDS:
         from prefopt.rewards.scorers import SCORERS
 
-        found["reward"] = SCORERS[cfg.kind](cfg.path, torch.device(device))
+        own = {"photos": cfg.photos, "likeness": cfg.likeness} if cfg.kind == "harmonic" else {}
+        found["reward"] = SCORERS[cfg.kind](cfg.path, torch.device(device), **own)
     if cfg.kind == "model":
         from prefopt.rewards.learned import LearnedReward
 

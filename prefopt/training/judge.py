@@ -41,7 +41,10 @@ SHARES = (
     *(f"match/{part}" for part in PARTS), *AT_TIMES,
 )  # fmt: skip
 # Measures whose interval is written at every evaluation of a run; `prefopt eval` gives it for all of them.
-WITH_INTERVAL = ("accuracy", "ranking_accuracy", *REWARDS, "win_rate", "lc_win_rate", "kl", "prompt_match")
+WITH_INTERVAL = (
+    "accuracy", "ranking_accuracy", *REWARDS, "win_rate", "lc_win_rate", "kl", "prompt_match", "variety", "saturation", "high_frequency",
+    "start_distance",
+)  # fmt: skip
 
 
 Table = dict[int, list[float]]  # row -> one number for each of its replies
@@ -132,7 +135,7 @@ class Judge:
             if isinstance(self.initial, Reloaded):
                 self.initial.release()
         if out.samples:
-            if self.baseline is None and self.rewards:
+            if self.baseline is None and (self.rewards or self._pictures):
                 self.baseline = {s["id"]: s for s in out.samples}
             out.replies = self.describe(out.samples, self.baseline) | forward
         return out
@@ -372,7 +375,10 @@ class Judge:
         if texts:
             out["distinct_2"] = distinct([s["completion"] for s in samples])
         else:
-            out |= picture_measures.measures([s["image"] for s in samples])
+            images = [s["image"] for s in samples]
+            out |= picture_measures.measures(images)
+            if baseline and all("image" in baseline.get(s["id"], {}) for s in samples):
+                out["start_distance"] = picture_measures.distance(images, [baseline[s["id"]]["image"] for s in samples])
             if self.parts:
                 met = [self.parts(s["prompt"], s["image"]) for s in samples]
                 out |= picture_measures.prompt_match(met, range(len(met)))

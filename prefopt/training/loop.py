@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prefopt.config.schema import TrainConfig
+from prefopt.data.pictures import load_picture
 from prefopt.errors import RunFailed, UserError, nearest
 from prefopt.report.alarms import alarms
 from prefopt.report.run_report import write_report
@@ -114,8 +115,8 @@ class Log:
                 print(f"resuming after step {step} of {run.total_steps}", file=sys.stderr)
         if step:
             first = [s for s in read_jsonl(run.folder / "samples.jsonl") if s["step"] == 0]
-            if run.judge.rewards and first:
-                run.judge.baseline = {s["id"]: s for s in first}
+            if first and (run.judge.rewards or "image" in first[0]):
+                run.judge.baseline = {s["id"]: self.with_image(s) for s in first}
         self.progress = Progress(run.total_steps, step, run.main, run.unit)
         self.began = time.monotonic()
         self.status("running", step)
@@ -190,6 +191,12 @@ class Log:
         (self.run.folder / path).parent.mkdir(parents=True, exist_ok=True)
         sample["image"].save(self.run.folder / path)
         return {**sample, "image": str(path)}
+
+    def with_image(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample as it was before `with_file`."""
+        if "image" not in sample:
+            return sample
+        return {**sample, "image": load_picture({"path": str(self.run.folder / sample["image"])})}
 
     def checked(self, measured: dict[str, float]) -> None:
         """Writes what the self-check measured before the first step, for the alarms."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ from prefopt.policies.reference import AdapterOff, FrozenCopy, make_reference
 from prefopt.training.engine import Engine
 from prefopt.training.online import OnlineSource
 from prefopt.training.source import OfflineSource
+
+PAST = 7  # states that a reference may go back to (SePPO, arXiv 2410.05255)
 
 
 def moving_averages(objective: Objective, policy: nn.Module) -> dict[str, AdapterOff | FrozenCopy]:
@@ -64,12 +67,44 @@ class WeightAverage:
                     parameter.copy_(own[name])
 
 
+class Past:
+    """Earlier states of the reference's weights, one of which it becomes: where the run began, and the last of those that were kept."""
+
+    def __init__(self, reference: Any, seed: int | str):
+        self.reference, self.seed = reference, seed
+        self.states = [_copied(reference.state())]
+
+    def keep(self) -> None:
+        """Adds the policy as it stands."""
+        self.reference.refresh(1.0)
+        self.states = [self.states[0], *self.states[1:][-(PAST - 2) :], _copied(self.reference.state())]
+
+    def choose(self, step: int) -> None:
+        """Moves the reference to one of them, drawn from (seed, step)."""
+        self.reference.load(random.Random(f"past {self.seed} {step}").choice(self.states))
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{number} {name}": tensor for number, state in enumerate(self.states) for name, tensor in state.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            number, _, name = key.partition(" ")
+            found.setdefault(int(number), {})[name] = tensor
+        self.states = [found[number] for number in sorted(found)]
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
 class Moving:
     """Called before every optimiser step, at which it does what is due. Make it before the first step and before a checkpoint is loaded,
     where the policy still stands where it starts; what it keeps goes into the checkpoints (`Engine.beside`).
 
     In this order: at a new round the policy is extrapolated (`source.extrapolate`), which changes who writes the round; the reference
-    takes `reference.mix` of the policy over, as `reference.refresh` says; averages that the objective asks for follow after each step.
+    takes `reference.mix` of the policy over, as `reference.refresh` says, or becomes one of its past states; averages that the objective
+    asks for follow after each step.
     A checkpoint of step n holds what was there before this was called for step n, and a run that goes on from it begins with that call.
     """
 
@@ -78,6 +113,8 @@ class Moving:
         engine.beside |= averages
         if cfg.source.extrapolate:
             engine.beside["extrapolation"] = Extrapolation(engine.policy.trainable(), cfg.source.extrapolate)
+        if cfg.reference.refresh == "past":
+            engine.beside["past"] = Past(engine.reference, cfg.seed)
         if cfg.train.ema is not None:
             engine.beside["ema"] = WeightAverage(engine.policy, cfg.train.ema)
 
@@ -88,7 +125,12 @@ class Moving:
             return
         if "extrapolation" in beside and self.source.begins(step):
             beside["extrapolation"].jump()
-        if self._due(step):
+        if "past" in beside:
+            if step % self.cfg.every == 0:
+                beside["past"].keep()
+            if self._due(step):
+                beside["past"].choose(step)
+        elif self._due(step):
             beside["reference"].refresh(self.cfg.mix)
         for name, mix in self.engine.objective.averages().items():
             beside[name].refresh(mix)
@@ -111,4 +153,4 @@ class Moving:
 
     def _due(self, step: int) -> bool:
         refresh = self.cfg.refresh
-        return self.source.begins(step) if refresh in ("round", "stage") else refresh == "steps" and step % self.cfg.every == 0
+        return self.source.begins(step) if refresh in ("round", "stage", "past") else refresh == "steps" and step % self.cfg.every == 0

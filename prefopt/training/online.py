@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from prefopt.config.schema import SamplerConfig, SourceConfig
 from prefopt.data.batch import MicroBatch, Row, derangement, step_rows
 from prefopt.data.dataset import Dataset
+from prefopt.data.records import Example
 from prefopt.data.rejection import rejection_sample
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
@@ -48,6 +50,8 @@ class OnlineSource:
     number of processes. A round is written to `rounds/` before its first step, so that a run killed in the middle of it goes on with it.
     """
 
+    kind: ClassVar = Sample
+
     def __init__(self, engine: Engine, prompts: Dataset, reward: RewardFunction, cfg: SourceConfig, sampler: SamplerConfig,
                  pairs: str, folder: Path, batches: OfflineSource):
         self.engine, self.prompts, self.reward, self.cfg, self.sampler = engine, prompts, reward, cfg, sampler
@@ -73,13 +77,7 @@ class OnlineSource:
             samples = self._read(wanted) if place else self._begin(wanted)
             rows = self._rows(samples, wanted)
             self.batches = replace(self.batches, rows=rows, seed=f"{self.seed} {wanted}")
-            size = self.cfg.samples
-            rewards = [[s.reward for s in samples[i : i + size]] for i in range(0, len(samples), size)]
-            self.metrics = {
-                "rollout/reward": fmean(s.reward for s in samples), "rollout/length": fmean(len(s.ids) for s in samples),
-                "rollout/finished": fmean(s.finished for s in samples), "rollout/ties": fmean(max(r) == min(r) for r in rewards),
-                "samples": (wanted + 1) * len(samples),
-            }
+            self.metrics = {**self._measures(samples), "samples": self._total(wanted, samples)}
             self.round = wanted
             if not place:
                 self.metrics["rollout/seconds"] = time.monotonic() - began
@@ -89,31 +87,40 @@ class OnlineSource:
     def _begin(self, number: int) -> list[Sample]:
         """Samples, judges and writes a round."""
         engine = self.engine
-        total, count, size = len(self.prompts.rows), self.cfg.prompts, self.cfg.samples
-        drawn = [step_rows(total, total, i // total, self.seed)[i % total] for i in range(number * count, (number + 1) * count)]
-        asked = [p for p in drawn for _ in range(size)]
-        chunks = range(0, len(asked), self.sampler.batch_size)  # dealt out whole, so that samples do not depend on the number of ranks
+        asked = [p for p in self._drawn(number, self.cfg.prompts) for _ in range(self.cfg.samples)]
+        chunks = range(0, len(asked), self._chunk)  # dealt out whole, so that samples do not depend on the number of ranks
         with engine.parallel.whole():
-            mine = [(start, self._sample(asked[start : start + self.sampler.batch_size], f"{number} {start}"))
+            mine = [(start, self._sample(asked[start : start + self._chunk], number, start))
                     for start in chunks[engine.accelerator.process_index :: engine.world]]
         everyone = sorted(gather_object(mine) if engine.world > 1 else mine, key=lambda chunk: chunk[0])
         samples = [s for _, chunk in everyone for s in chunk]
         if engine.accelerator.is_main_process:
             self.folder.mkdir(exist_ok=True)
-            write_atomic(self._path(number), "".join(json.dumps(asdict(s)) + "\n" for s in samples))
+            self._write(number, samples)
         return samples
 
-    def _sample(self, asked: list[int], place: str) -> list[Sample]:
-        writer, rows = self.engine.policy if self.cfg.writer == "policy" else self.engine.reference, self.prompts.rows
-        seed = random.Random(f"sample {self.seed} {place}").getrandbits(32)
-        ids = [rows[p].tokens.prompt for p in asked]
-        replies = writer.generate(ids, self.sampler, seed)
-        written = [answer(self.prompts.examples[p], r.text) for p, r in zip(asked, replies, strict=True)]
-        rewards = self.reward(written)
-        for example, reward in zip(written, rewards, strict=True):
-            if not math.isfinite(reward):
-                raise UserError(f"the reward of a reply to the prompt of {example.origin} is {reward}; a reward must be a finite number")
-        samples = [Sample(p, r.ids, r.finished, r.text, float(x)) for p, r, x in zip(asked, replies, rewards, strict=True)]
+    def _drawn(self, number: int, count: int) -> list[int]:
+        """Rows whose prompts are asked in a round of `count`: all of them in a seeded order, and again in another one."""
+        total = len(self.prompts.rows)
+        return [step_rows(total, total, i // total, self.seed)[i % total] for i in range(number * count, (number + 1) * count)]
+
+    @property
+    def _chunk(self) -> int:
+        """Samples that are drawn at once."""
+        return self.sampler.batch_size
+
+    @property
+    def writer(self) -> Any:
+        """Who writes: the policy, or its reference."""
+        return self.engine.policy if self.cfg.writer == "policy" else self.engine.reference
+
+    def _sample(self, asked: list[int], number: int, start: int) -> list[Sample]:
+        """Replies to the prompts `asked`, which come from place `start` on in round `number`."""
+        seed = random.Random(f"sample {self.seed} {number} {start}").getrandbits(32)
+        ids = [self.prompts.rows[p].tokens.prompt for p in asked]
+        replies = self.writer.generate(ids, self.sampler, seed)
+        rewards = judged(self.reward, [answer(self.prompts.examples[p], r.text) for p, r in zip(asked, replies, strict=True)])
+        samples = [Sample(p, r.ids, r.finished, r.text, x) for p, r, x in zip(asked, replies, rewards, strict=True)]
         if "previous" in self.engine.objective.quantities and self.steps_per_round > 1:
             for sample, logps in zip(samples, self._token_logps(ids, samples), strict=True):
                 sample.previous = logps
@@ -169,7 +176,7 @@ class OnlineSource:
                 order, kind = [order[0], order[-1]], "pair"
         kept = [group[j] for j in order]
         stored = {} if kept[0].previous is None else {"previous": [s.previous for s in kept]}
-        row = Row(Tokens(self.prompts.rows[kept[0].prompt].tokens.prompt, [_branch(s) for s in kept]), kind,
+        row = Row(Tokens(self.prompts.rows[kept[0].prompt].tokens.prompt, self._branches(kept)), kind,
                   scores=[scores[j] for j in order], stored=stored)
         if labels == "soft":
             row.label = 1 / (1 + math.exp(row.scores[-1] - row.scores[0]))
@@ -177,6 +184,29 @@ class OnlineSource:
         if kind != "group" and (tied or all(s.ids == kept[0].ids for s in kept)):
             row.kind, row.weight = "pair", 0.0
         return row
+
+    def _branches(self, samples: list[Sample]) -> list[Branch]:
+        """What of the samples of a row is scored."""
+        return [_branch(s) for s in samples]
+
+    def _measures(self, samples: list[Sample]) -> dict[str, float]:
+        """Of a round, for its steps' metrics."""
+        return {**self._rewards(samples), "rollout/length": fmean(len(s.ids) for s in samples),
+                "rollout/finished": fmean(s.finished for s in samples)}
+
+    def _rewards(self, samples: list[Sample]) -> dict[str, float]:
+        """Their mean, and the share of prompts whose samples are all worth the same."""
+        size = self.cfg.samples
+        groups = [[s.reward for s in samples[i : i + size]] for i in range(0, len(samples), size)]
+        return {"rollout/reward": fmean(map(fmean, groups)), "rollout/ties": fmean(max(g) == min(g) for g in groups)}
+
+    def _total(self, number: int, samples: list[Sample]) -> int:
+        """Samples drawn up to the end of round `number`."""
+        return (number + 1) * len(samples)
+
+    def _write(self, number: int, samples: list[Sample]) -> None:
+        rows = ({key: value for key, value in asdict(s).items() if value is not None} for s in samples)
+        write_atomic(self._path(number), "".join(json.dumps(row) + "\n" for row in rows))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:06d}.jsonl"
@@ -186,11 +216,24 @@ class OnlineSource:
         if not self._path(number).is_file():
             raise UserError(f"{self._path(number)} is missing, and the run stopped in the middle of that round; put it back, or start "
                             "anew with resume=never in another folder")
-        return [Sample(**row) for row in read_jsonl(self._path(number))]
+        return [self.kind(**row) for row in read_jsonl(self._path(number))]
+
+
+def judged(reward: RewardFunction, written: list[Example]) -> list[float]:
+    """The reward of each completion, by which rows are made. Raises `UserError` where that is no finite number for each."""
+    found = reward(written)
+    if len(found) != len(written):
+        raise UserError(f"the reward gave {len(found)} numbers for {len(written)} samples; it must give one for each, in their order")
+    for example, value in zip(written, found, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"the reward of a sample for the prompt of {example.origin} is {value}; a reward must be a finite number")
+    return [float(value) for value in found]
 
 
 def round_rows(cfg: SourceConfig, view: str, pairs: str) -> int:
     """How many rows a round makes for an objective with this `view`; `pairs` is data.pairs."""
+    if cfg.top < 1:
+        return max(1, round(cfg.top * cfg.prompts))
     return cfg.prompts * (cfg.keep // 2 if cfg.keep and _in_pairs(cfg, view, pairs) else 1)
 
 

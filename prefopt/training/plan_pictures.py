@@ -40,6 +40,7 @@ from prefopt.policies.pipeline_folder import NEEDED, PipelineFolder
 from prefopt.policies.user_branch import add_user_branch
 from prefopt.training import memory, plan
 from prefopt.training.memory import DryRun, Live, Memory
+from prefopt.training.picture_rounds import asks_for_given
 from prefopt.training.plan_text import _flops, _gb, _time, communication_lines, deepspeed_lines, idle, machines, memory_lines, more_devices
 from prefopt.training.setup import make_objective
 from prefopt.training.sharding import Layout, layout_of, traffic
@@ -133,6 +134,8 @@ def scene_of(cfg: TrainConfig) -> Scene:
     rows = make_dataset(train, cfg.data, tokenise, *settings).rows
     if len(rows) < objective.min_batch:
         raise UserError(f"{len(rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
+    if cfg.source.kind != "offline" and not asks_for_given(cfg.source):
+        known["pictures"].clear()  # only their captions are read
     judged = make_dataset(held_out, cfg.data, lambda e: tokenise(e, True), *settings).rows
     denoiser = meta_denoiser(folder, cfg.model.resolution)
     numbers = sum(torch.Size(shape).numel() for shape in caption_shapes(denoiser).values())
@@ -176,7 +179,7 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
     objective = scene.objective
     source = OfflineSource(scene.rows, objective.view, cfg.train.batch_size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
                            cfg.seed, 0, cfg.hardware.world, "draws", False, draws=Draws(cfg.noise, cfg.seed))
-    steps = cfg.train.steps or source.steps(cfg.train.epochs)
+    steps = plan._steps(cfg, source)
     source = replace(source, total=steps)
     reference = _reference(cfg, scene, source, steps)
     teachers = plan._teachers(cfg, objective) + len(objective.averages())
@@ -433,6 +436,7 @@ def _about(made: PicturePlan) -> list[tuple[str, str]]:
         *idle(cfg, len(scene.rows)),
         ("noise", f"{noise.draws} draw{'s' if noise.draws > 1 else ''} a visit, {pool}"),
         ("reference", {"stored": "computed once and stored", "none": "none is read"}.get(made.reference, made.reference)),
+        *([("sampled", "drawing the pictures of a round and judging them is not counted")] if cfg.source.kind != "offline" else []),
     ]
 
 

@@ -56,7 +56,7 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
     """
     which, moves, model = cfg.reference.policy, cfg.reference.refresh != "never", cfg.model
     reads = "reference" in objective.quantities
-    kl = cfg.evaluation.kl and policy.quantity != "reward"  # it is a measure of samples
+    kl = (cfg.evaluation.kl or cfg.source.judge == "policy") and policy.quantity != "reward"  # it is a measure of samples
     may_store = cfg.reference.store != "off" and cfg.model.kind != "tabular"
     reload = may_store and not (model.frozen or moves)  # a second model need not stay in memory
     stored: Stored | None = None

@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from prefopt.config.mixtures import expanded
 from prefopt.config.schema import TrainConfig
 from prefopt.config.strength import SD15, factor, in_nats, with_number
-from prefopt.data.dataset import Dataset, make_dataset, make_prompts, reduce_ranking
+from prefopt.data.dataset import Dataset, make_dataset, make_prompts, prompts_of, reduce_ranking
 from prefopt.data.extra import captions_of
 from prefopt.data.fits import VIEW_OF_KIND, check_use
 from prefopt.data.sources import Split, load_data
@@ -42,6 +42,7 @@ from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
 from prefopt.training.moving import Moving, moving_averages
 from prefopt.training.online import OnlineSource
+from prefopt.training.picture_rounds import PictureRounds, asks_for_given
 from prefopt.training.reference import make_references
 from prefopt.training.rundir import plain_config, read_manifest
 from prefopt.training.source import OfflineSource
@@ -178,6 +179,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity, cfg.noise)
     if cfg.model.kind == "diffusion":
         trained = [reduce_ranking(e, "all" if view == "ranking" else cfg.data.pairs) for e in train_split.examples]
+        if online and not asks_for_given(cfg.source):
+            trained = [replace(e, completions=[]) for e in trained]
         examples = [*trained, *held_out_split.examples]  # held-out rankings are judged as they are
         policy.encode([*examples, *captions_of(examples, objective.extra)], cfg.data, accelerator)
     as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
@@ -187,6 +190,11 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
                      cfg.seed, extra=objective.extra)
         for s in (train_split, held_out_split)
     )
+    given = None
+    if online and asks_for_given(cfg.source):
+        given = make_dataset(train_split, cfg.data, policy.tokenise, "pairs" if cfg.source.mix < 1 else "demonstrations", objective.columns,
+                             False, cfg.seed)
+        train = prompts_of(given)
     if accelerator.is_main_process:
         say_rejected(train_split, held_out_split, train, held_out)
     if len(train.rows) < objective.min_batch:
@@ -206,8 +214,10 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed,
                     deepspeed_json(cfg))
     if online:
-        source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,
-                              folder, source)
+        judges = rewards.get("reward") or rewards.get("true_reward")
+        parts = (engine, train, judges, cfg.source, cfg.sampler, cfg.data.pairs, folder, source)
+        pictured = cfg.model.kind == "diffusion"
+        source = PictureRounds(*parts, given=given, start=references.initial) if pictured else OnlineSource(*parts)
     moving = Moving(engine, source, cfg, averages)
     total = cfg.train.steps or source.steps(cfg.train.epochs)
     beta = _set_beta(cfg, engine, source, total)

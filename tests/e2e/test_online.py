@@ -177,4 +177,4 @@ def test_refused(words, said, tmp_path, capsys):
 def test_a_reward_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("prefopt.training.setup.make_rewards", lambda *_: {"true_reward": lambda examples: [math.nan] * len(examples)})
     assert train(tmp_path / "run", "algo=grpo", *BANDIT) == 2
-    assert "the reward of a reply to the prompt of bandit row" in capsys.readouterr().err
+    assert "the reward of a sample for the prompt of bandit row" in capsys.readouterr().err

@@ -103,3 +103,43 @@ def test_what_moves_away_from_given_pairs_is_no_displacement_where_samples_are_j
     rows = two_evals(logp__chosen=(-20.0, -22.0), logp__rejected=(-22.0, -31.0))
     assert names(rows) == ["likelihood_displacement"]
     assert names([*rows, {"step": 1, "split": "train", "loss": 0.5, "samples": 64}]) == []
+
+
+# ---- reward hacking ---------------------------------------------------------------------------------------
+
+
+ROUND = [{"step": 50, "split": "train", "rollout/reward": 0.5, "pictures": 100, "samples": 64}]
+
+
+def hacked(reward=(0.2, 0.9), half=0.1, **others):
+    """Two evaluations of a run that learns from what a reward says of its pictures; every reward has an interval of +- `half`."""
+    pairs = {"reward": reward, **others}
+    for key in [k for k in pairs if k in ("reward", "true_reward", "prompt_match")]:
+        pairs |= {f"{key}_low": [v - half for v in pairs[key]], f"{key}_high": [v + half for v in pairs[key]]}
+    return ROUND + two_evals(**pairs)
+
+
+@pytest.mark.parametrize("rows", [
+    hacked(true_reward=(1.0, 0.2)),
+    hacked(prompt_match=(0.9, 0.5)),
+    hacked(variety=(1.0, 0.99 - limits.VARIETY_FALL)),
+    hacked(high_frequency=(0.02, 0.021 * limits.DETAIL_GROWTH)),
+])
+def test_a_reward_that_rises_alone_is_hacked(rows):
+    assert "reward_hacking" in names(rows)
+
+
+@pytest.mark.parametrize("rows", [
+    hacked(true_reward=(1.0, 1.4), prompt_match=(0.8, 0.9), variety=(1.0, 1.0), high_frequency=(0.02, 0.02)),
+    hacked(true_reward=(1.0, 0.95)),  # within its noise
+    hacked(reward=(0.2, 0.25), true_reward=(1.0, 0.2)),  # what is trained on did not rise
+    hacked(variety=(1.0, 1.3), high_frequency=(0.02, 0.01)),
+    two_evals(reward=(0.2, 0.9), true_reward=(1.0, 0.2)),  # it does not learn from its own pictures
+])
+def test_rewards_that_rise_together_are_not(rows):
+    assert "reward_hacking" not in names(rows)
+
+
+def test_texts_have_no_pictures_to_hack():
+    assert "reward hacking" not in dict(limits.checked(two_evals(length=(20.0, 20.0))))
+    assert "reward hacking" in dict(limits.checked(ROUND))

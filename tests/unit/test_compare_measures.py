@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt.report.compare_page import page, table
+from prefopt.report.compare_page import _path, _seen, _until, page, table
 from prefopt.report.compare_results import measure
 from prefopt.report.estimators import length_controlled
 from tests.unit.test_compare import edit, make_run
@@ -130,3 +130,21 @@ def test_shares_of_different_peaks_are_said(pair):
     assert "different peaks" not in table(measure(pair))
     timed(pair[1], SPEED, peak={"tflops": 0.0181, "from": "a measured matrix product"})
     assert "MFU is a share of different peaks (18.1 to 50 GFLOP/s, see the manifests), so it cannot be compared" in table(measure(pair))
+
+
+def test_online_and_offline_pictures_are_compared_at_equal_numbers(tmp_path):
+    """One run trained on 800 pictures, the other on 400, of which the first had seen that many half-way: its path ends there."""
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", gain=1.5, source={"kind": "rounds"})]
+    for run, each in zip(runs, (8, 4), strict=True):
+        edit(run, "metrics.jsonl", lambda row, n=each: row | ({"pictures": n * row["step"]} if row["split"] == "train" else {}))
+    results = measure(runs)
+    longer, shorter = sorted(range(2), key=lambda i: "rounds" in results.methods[i].label)
+    seen = [_seen(method) for method in results.methods]
+    assert list(seen[longer].values()) == [0, 200, 400, 600, 800] and list(seen[shorter].values()) == [0, 100, 200, 300, 400]
+    whole = [_path(results, i, "kl").curve for i in range(2)]
+    for common, kept in ((400, 3), (500, 3)):
+        cut = [_until(_path(results, i, "kl"), seen[i], common).curve for i in range(2)]
+        assert cut[shorter] == whole[shorter] and cut[longer][:kept] == whole[longer][:kept]
+    assert len(cut[longer]) == 4, "half-way between the third and the fourth evaluation"
+    assert cut[longer][3] == pytest.approx([(a + b) / 2 for a, b in zip(*whole[longer][2:4], strict=True)])
+    assert "at equal numbers of pictures" in page(results)

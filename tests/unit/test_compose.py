@@ -61,9 +61,12 @@ def test_every_choice_composes_and_is_typed(group, name):
     extra += ["data=tiny-pictures", "model=tiny-diffusion"] if group == "reward" and name in PICTURE_REWARDS else []
     extra += PICTURES if group == "algo" and "llm" not in catalogue.modalities(catalogue.algo_info(name)) else []
     extra += ["algo=grpo"] if (group, name) == ("source", "rollout") else []
+    extra += PICTURES if group == "source" and name in catalogue.OF_PICTURES or (group, name) == ("noise", "states") else []
+    extra += {"best_of": ["algo=sft"], "states": ["source=self_play_states"]}.get(name, []) if group in ("source", "noise") else []
     extra += [*PICTURES, "model.user_width=2"] if (group, name) == ("adapter", "user") else []
     extra += ["model.user_width=2"] if (group, name) == ("algo", "ppd") else []
-    extra += {"round": ["source=rounds"], "stage": ["transforms=curriculum"]}.get(name, []) if group == "reference" else []
+    moves = {"round": ["source=rounds"], "past": ["source=rounds"], "stage": ["transforms=curriculum"]}
+    extra += moves.get(name, []) if group == "reference" else []
     keys = catalogue.resolved_keys(group, name) if group in ("model", "data") else {}
     extra += PICTURES[1:] if group == "model" and keys["kind"].value == "diffusion" else []
     extra += PICTURES[:1] if group == "data" and keys["pictures"].value == "true" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -280,3 +281,54 @@ def test_kto_with_buckets_mismatches_pictures_of_one_shape(run, tmp_path, capsys
     logged = rows(tmp_path / "kto")
     assert all(r["kl_estimate"] >= 0 for r in logged) and logged[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     assert len({r["kl_estimate"] for r in logged}) > 1
+
+
+# ---- rounds ---------------------------------------------------------------------------------------------
+
+
+ROUNDS = ["train.batch_size=2", "source.prompts=4", "source.epochs=2", "sampler.steps=3"]  # four steps to a round
+
+
+@pytest.mark.parametrize("words", [
+    ["algo=online_diffusion_dpo", "source.samples=3"],
+    ["algo=diffusion_dro", "algo.margin=1", "optim.lr=1e-2", *LORA_WORDS],
+    ["algo=seppo", "reference.every=2", *LORA_WORDS],
+    ["algo=sail_diffusion", "source.samples=2", "source.mix=0.5"],
+], ids=["rewarded", "states", "past", "self-rewarding"])
+def test_a_run_killed_in_the_middle_of_a_round_goes_on_to_the_same_bits(words, run, tmp_path, monkeypatch):
+    """Killed before step 8 of rounds of four: the second round is on disk with its latents, and the policy is no longer who drew it."""
+    words = [*words, *ROUNDS, "train.steps=9", "train.eval_every=9", "train.save_every=3"]
+    assert run("whole", *words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", killed_before(8))
+        with pytest.raises(SystemError):
+            run("run", *words)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1].name == "step-000006"
+    assert run("run", *words) == 0
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "run")]
+    made = [sorted(p.name for p in (tmp_path / f / "rounds").iterdir()) for f in ("whole", "run")]
+    assert made[0] == made[1] and sum(name.endswith(".jsonl") for name in made[0]) == 3
+
+
+def test_latents_of_a_round_that_are_gone_are_named(run, tmp_path, monkeypatch, capsys):
+    words = ["algo=online_diffusion_dpo", *ROUNDS, "train.steps=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", killed_before(3))
+        with pytest.raises(SystemError):
+            run("run", *words)
+    (tmp_path / "run" / "rounds" / "round-000000.safetensors").unlink()
+    assert run("run", *words) == 2
+    assert "round-000000.safetensors is missing, and the run stopped in the middle of that round" in capsys.readouterr().err
+
+
+def test_a_run_of_rounds_has_a_board(run, tmp_path):
+    """Pictures at the start are at no distance from themselves; what the run's page shows of hacking is made of its own rows."""
+    assert run("run", "algo=online_diffusion_dpo", "optim.lr=1e-2", *ROUNDS, "train.steps=4", "evaluation.prompts=4") == 0
+    first, last = (r for r in rows(tmp_path / "run", "eval") if "start_distance" in r)
+    assert first["start_distance"] == 0 < last["start_distance"]
+    train_rows = rows(tmp_path / "run")
+    assert [r["samples"] for r in train_rows] == [8] * 4 and all(math.isfinite(r["rollout/reward"]) for r in train_rows)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Hacking board" in page and "Distance from the start" in page

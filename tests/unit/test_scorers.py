@@ -32,7 +32,7 @@ from prefopt.data.records import Completion, Example, Message
 from prefopt.data.sources import load_data
 from prefopt.errors import UserError
 from prefopt.rewards import scorers
-from prefopt.rewards.scorers import BLIP_L, CLIP_H, CLIP_MEAN, CLIP_STD, SCORERS, cropped, padded
+from prefopt.rewards.scorers import BLIP_L, CLIP_H, CLIP_MEAN, CLIP_STD, SCORERS, cropped, harmonic, padded
 from prefopt.rewards.true_reward import make_rewards
 from tests.toy import tokenizer
 
@@ -244,7 +244,7 @@ def aesthetic_folder(folder, layers: dict[str, torch.Tensor] | None = None):
 
 
 FOLDERS = {"pickscore": clip_folder, "clip": clip_folder, "hpsv2": hpsv2_folder, "imagereward": imagereward_folder,
-           "aesthetic": aesthetic_folder}
+           "aesthetic": aesthetic_folder, "harmonic": clip_folder}
 
 
 @pytest.fixture(scope="module")
@@ -446,3 +446,23 @@ def test_pairs_of_pictures_are_labelled_by_a_scorer(opened, tmp_path, monkeypatc
         assert row["chosen"] == {**best, "image": f"in/{best['image']}"}
     read = load_data(DataConfig(name="mine", source="files", path="out.jsonl", pictures=True, eval_fraction=0.0))[0].examples
     assert [Path(c.picture["path"]).is_file() for e in read for c in e.completions] == [True] * 6
+
+
+@pytest.mark.parametrize(("weight", "wanted"), [(0.0, 0.6), (0.3, 0.6486486), (0.5, 0.6857143), (1.0, 0.8)])
+def test_the_harmonic_reward_of_rpo(weight, wanted):
+    """A likeness of 0.8 and a match of 0.6 (arXiv 2407.12164)."""
+    assert harmonic(0.8, 0.6, weight) == pytest.approx(wanted, abs=1e-7)
+
+
+def test_likeness_is_to_the_mean_of_the_photos(opened, tmp_path):
+    """Without it the reward is the match with the caption, moved to [0, 1]; with all weight on it a photo alone is as like as can be."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)) for _ in range(2)]
+    asked = [example("an owl", image) for image in images]
+    cosines = opened.scorers["clip"](asked)
+    assert opened.scorers["harmonic"](asked) == pytest.approx([(c + 1) / 2 for c in cosines], abs=1e-6)
+    images[0].save(tmp_path / "photo.png")
+    like = SCORERS["harmonic"](str(opened.folders["clip"]), CPU, photos=str(tmp_path), likeness=1.0)(asked)
+    assert like[0] == pytest.approx(1.0, abs=1e-6) and like[1] < like[0]
+    with pytest.raises(UserError, match="asks for likeness to photos of a subject, and there is no folder with any"):
+        SCORERS["harmonic"](str(opened.folders["clip"]), CPU, photos=str(tmp_path / "none"), likeness=0.5)
