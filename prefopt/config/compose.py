@@ -24,6 +24,7 @@ from prefopt.config.rounds import check_refresh, check_rounds
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
 from prefopt.config.strength import for_model, with_number
+from prefopt.config.trajectories import check_trajectories
 from prefopt.config.users import check_users
 from prefopt.errors import UserError, nearest
 
@@ -224,7 +225,7 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
     if "diffusion" not in modalities(info):
         raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
-    if cfg.source.kind != "offline":
+    if cfg.source.kind not in ("offline", "trajectories"):
         raise UserError(f"source={cfg.source.kind}: pictures cannot be learned from while they are drawn yet; use source=offline")
     if hasattr(cfg, "noise"):
         _check_inversion(cfg.noise, info)
@@ -312,7 +313,8 @@ def check_quantize(model: Any) -> None:
 def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
     """Whether rows are given or sampled, and whether what is sampled can be judged and used."""
     source = cfg.source
-    if (source.kind == "rollout") != (info.view == "groups"):
+    check_trajectories(cfg, info)
+    if (source.kind == "rollout") != (info.view == "groups" and not info.stepwise):
         wants = "rollout" if info.view == "groups" else "offline or source=rounds"
         raise UserError(f"source={source.kind} does not fit: {info.name} reads {VIEWS[info.view]}; use source={wants}")
     check_rounds(cfg, info)

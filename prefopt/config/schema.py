@@ -195,7 +195,7 @@ class SamplerConfig:
 
 @dataclass
 class SourceConfig:
-    kind: str = "offline"  # offline | rounds | rollout
+    kind: str = "offline"  # offline | rounds | rollout | trajectories
     writer: str = "policy"  # policy | reference
     prompts: int = 32
     samples: int = 2
@@ -204,6 +204,29 @@ class SourceConfig:
     epochs: int = 1
     labels: str = "best"  # best | sampled | soft
     extrapolate: float = 0.0
+
+
+@dataclass
+class TrajectoryConfig:
+    kind: str = "sde"  # sde | cps
+    steps: int = 10
+    noise: float = 0.7
+    guidance: Optional[float] = None
+    guidance_differs: bool = False
+    blank_gradient: bool = False
+    window: Optional[list[int]] = None  # first step, first step beyond
+    window_size: Optional[int] = None
+    outside: str = "sde"  # sde | ode
+    reduction: str = "mean"  # mean | sum
+    kl: str = "exact"  # exact | code | error
+    advantage: str = "group"  # group | global | running | none
+    buffer: int = 16
+    min_count: int = 16
+    shared_start: bool = False
+    candidates: Optional[int] = None
+    scorer: str = "step_aware"  # step_aware | reward
+    threshold: float = 0.0
+    go_on: str = "random"  # random | best
 
 
 @dataclass
@@ -268,6 +291,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -306,9 +330,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.precision": ("fp32", "bf16"),
     "tracker.mode": ("online", "offline", "off"),
     "reward.kind": ("auto", "none", "model", "followup", *PICTURE_REWARDS),
-    "source.kind": ("offline", "rounds", "rollout"),
+    "source.kind": ("offline", "rounds", "rollout", "trajectories"),
     "source.writer": ("policy", "reference"),
     "source.labels": ("best", "sampled", "soft"),
+    "trajectory.kind": ("sde", "cps"),
+    "trajectory.outside": ("sde", "ode"),
+    "trajectory.reduction": ("mean", "sum"),
+    "trajectory.kl": ("exact", "code", "error"),
+    "trajectory.advantage": ("group", "global", "running", "none"),
+    "trajectory.scorer": ("step_aware", "reward"),
+    "trajectory.go_on": ("random", "best"),
     "noise.plan": ("shared", "independent", "inverted", "path"),
     "noise.inverter": ("policy", "reference"),
     "noise.timesteps": ("uniform", "logit_normal", "importance"),
@@ -350,6 +381,15 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.rejection_beta", "x >= 0", "0 or more"),
     ("source.epochs", "x >= 1", "at least 1"),
     ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
+    ("trajectory.steps", "x >= 2", "at least 2"),
+    ("trajectory.noise", "x > 0", "above 0: steps without noise have no log-prob"),
+    ("trajectory.guidance", "x is None or x >= 0", "0 or more, or null"),
+    ("trajectory.window", "x is None or len(x) == 2", "[first step, first step beyond], counted from the noise, or null"),
+    ("trajectory.window_size", "x is None or x >= 1", "at least 1, or null"),
+    ("trajectory.buffer", "x >= 1", "at least 1"),
+    ("trajectory.min_count", "x >= 2", "at least 2"),
+    ("trajectory.candidates", "x is None or x >= 2", "at least 2, or null"),
+    ("trajectory.threshold", "0 <= x <= 1", "a difference of two probabilities, in [0, 1]"),
     ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.zero", "0 <= x <= 3", "in [0, 3]: a ZeRO stage, or 0 for plain data parallelism"),
@@ -433,6 +473,7 @@ class DataCheckConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)

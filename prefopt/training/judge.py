@@ -144,7 +144,7 @@ class Judge:
         source, engine, out = self.held_out, self.engine, {}
         comparable, direct = any(row.kind in COMPARABLE for row in source.rows), source.view in ("pairs", "unary", "ranking")
         found = self._scored(source.view, rewards=comparable and direct)
-        if engine.objective.view == source.view:  # groups are sampled while training; stored rows hold none
+        if engine.objective.view == source.view and not engine.objective.stepwise:  # groups and steps are sampled while training
             out["loss"] = self._loss(found.units)
         if not comparable:
             return out | self._single(found.tables)
@@ -414,7 +414,7 @@ def _read(batch: Batch, of: Sequence[int], objective: Objective | None = None, r
         out.tables["reference"] = _by_row(batch.logp("reference"), of)
     if rewards:
         out.tables["rewards"] = _by_row(objective.rewards(batch), of)
-    if objective.view != view:
+    if objective.view != view or objective.stepwise:
         return out
     row = torch.tensor(of, dtype=torch.long)
     for term in objective(batch).terms:

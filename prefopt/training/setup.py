@@ -45,6 +45,7 @@ from prefopt.training.rundir import plain_config, read_manifest
 from prefopt.training.source import OfflineSource
 from prefopt.training.teachers import make_teacher
 from prefopt.training.throughput import find_peak, machine, unit
+from prefopt.training.trajectories import TrajectorySource
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Run:
     cfg: TrainConfig
     folder: Path
     engine: Engine
-    source: OfflineSource | OnlineSource
+    source: OfflineSource | OnlineSource | TrajectorySource
     moving: Moving
     judge: Judge
     held_out: Dataset
@@ -164,7 +165,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     splits = train_split, held_out_split = load_data(cfg.data, cfg.trust)
     read = {split.name: split.digest() for split in splits}  # transforms belong to the method, and runs over the same rows can be compared
     apply_transforms(splits, cfg.data, cfg.seed, transform_tools(cfg, accelerator.device))
-    online = cfg.source.kind != "offline"
+    online, stepwise = cfg.source.kind != "offline", cfg.source.kind == "trajectories"
     view = "pairs" if objective.view == "groups" else objective.view  # what held-out rows are judged as: they were not sampled
     if not online:
         for example in (*train_split.examples, *held_out_split.examples):
@@ -203,7 +204,9 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     averages = moving_averages(objective, policy)
     engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed,
                     deepspeed_json(cfg))
-    if online:
+    if stepwise:
+        source = TrajectorySource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg, source)
+    elif online:
         source = OnlineSource(engine, train, rewards.get("reward") or rewards["true_reward"], cfg.source, cfg.sampler, cfg.data.pairs,
                               folder, source)
     moving = Moving(engine, source, cfg, averages)
