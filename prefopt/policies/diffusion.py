@@ -206,11 +206,11 @@ class DiffusionPolicy(nn.Module):
             made["divergence"] = sampling.distance(prediction, asked.divergence[1], x_t, sites.step)
         if asked is not None and asked.module:
             done = (sites.step / (len(sampling.times) - 1)).to(x_t)
-            said = torch.stack([self._gist(self._parts(caption)[0]) for caption in sites.captions]).to(x_t)
+            said = torch.stack([self.gist(self._parts(caption)[0]) for caption in sites.captions]).to(x_t)
             made |= consult(self, micro, torch.cat([x_t.flatten(1), said, done[:, None]], 1), None)
         return made
 
-    def _gist(self, caption: int) -> Tensor:
+    def gist(self, caption: int) -> Tensor:
         """[d] the mean embeddings of a caption, for modules that are no networks of their own."""
         said = self.encodings.caption(caption)
         return torch.cat([t.reshape(-1, t.shape[-1]).float().mean(0) for name, t in sorted(said.items()) if name != "mask"])
@@ -219,7 +219,7 @@ class DiffusionPolicy(nn.Module):
     def about(self) -> About:
         """What an objective's module is shown of a transition: x_t, the gist of its caption, and how far the sampler is."""
         shape = self.encodings.shape
-        return About(math.prod(shape) + len(self._gist(self.encodings.caption_of(""))) + 1, 0)
+        return About(math.prod(shape) + len(self.gist(self.encodings.caption_of(""))) + 1, 0)
 
     def sizes(self, count: int) -> Tensor | None:
         """[count, 6] of pictures that are drawn, for networks that are told."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from prefopt.training import checkpoint
 from prefopt.training.advantages import Running, group_advantages
 from prefopt.training.branches import Branches
 from prefopt.training.engine import Engine
-from prefopt.training.judge import answer
+from prefopt.training.judge import answer, judged
 from prefopt.training.rundir import write_atomic
 from prefopt.training.source import OfflineSource
 
@@ -249,14 +248,3 @@ class TrajectorySource:
             raise UserError(f"{missing} is missing, and the run stopped in the middle of that round; put it back, or start anew with "
                             "resume=never in another folder")
         return Round([Drawn(**row) for row in read_jsonl(files[0])], **load_file(files[1]))
-
-
-def judged(reward: RewardFunction, pictures: list[Any]) -> list[float]:
-    """The reward of each picture. Raises `UserError` where that is not one finite number for each."""
-    found = list(reward(pictures))
-    if len(found) != len(pictures):
-        raise UserError(f"the reward gave {len(found)} numbers for {len(pictures)} pictures; it must give one for each, in their order")
-    for example, value in zip(pictures, found, strict=True):
-        if not math.isfinite(value):
-            raise UserError(f"the reward of a picture for the prompt of {example.origin} is {value}; a reward must be a finite number")
-    return [float(value) for value in found]
