@@ -4,6 +4,7 @@ Flow-GRPO and D3PO. A completion is one transition; `Groups.reward` is its pictu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -47,8 +48,8 @@ class DDPO(Objective):
     paper: ClassVar = "2305.13301"
     require: ClassVar = ("0 < epsilon < 1", "adv_clip > 0")
     formula: ClassVar = {
-        "policy_gradient": "max(-A*exp(min(y-o, 20)), -A*max(min(exp(min(y-o, 20)), 1+epsilon), 1-epsilon)) if clipped else -A*y"
-        " for A in [max(min(R, adv_clip), -adv_clip)]"
+        "policy_gradient": "mean(max(-A*exp(min(y-o, 20)), -A*max(min(exp(min(y-o, 20)), 1+epsilon), 1-epsilon)) if clipped else -A*y"
+        " for A in [max(min(R, adv_clip), -adv_clip)])"
     }
     golden: ClassVar = (
         ({"R": 2, "y": 0.5, "o": 0}, -2.0002),
@@ -88,8 +89,8 @@ class FlowGRPO(DDPO):
     L = mean max(-A rho, -A clip(rho, 1-epsilon, 1+epsilon)) + beta KL(pi(. | x_t) || ref(. | x_t)), A and rho as in ddpo
     The KL is that of two Gaussians, exact: |mu - mu_ref|^2 / (2 std^2), by trajectory.reduction summed or averaged over latent dims. The
     authors' code leaves out the step's length (trajectory.kl=code): their beta of 0.04 is about 0.004 with the exact KL at ten steps.
-    Rewards: log pi - log ref of a transition. Ranges: `kl_to_reference` is 0 at the start. When, limits: as ddpo; beta holds the model near
-    the reference, at the cost of one more forward pass for each step.
+    Rewards: log pi - log ref of a transition. Ranges: as ddpo, with its share `clipped`; `kl_to_reference` is 0 at the start.
+    When: as ddpo, where the model is to stay near the reference. Limits: one more forward pass for each step.
     """
 
     beta: float = 0.004
@@ -115,7 +116,8 @@ class Critic(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 1))
+        hidden = [nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU()]
+        self.layers = nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(128, 1))
         nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, layout: Batch, hidden: Tensor, layers: Tensor | None) -> dict[str, Tensor]:
@@ -129,8 +131,9 @@ class DPOK(FlowGRPO):
     A = clip(R - sg(V(x_t, caption, t)), -adv_clip, adv_clip); V, a small network of its own, is trained by (V - R)^2 beside
     L = w_r mean loss(rho, A) + beta KL + mean (V - R)^2; `clip_mode=ppo`: max(-A rho, -A clip(rho)), `clamp`: -A clip(rho), as the
     authors' code: outside the band it has no gradient, whatever the sign of A. Their KL is trajectory.kl=error, their w_kl is beta.
-    Rewards, ranges: as flow_grpo; `baseline` is the mean of V, in units of R. When, limits: as flow_grpo; the baseline helps where pictures
-    of one prompt are too few for a group's mean. The paper's replay buffer is the last round: transitions are in random order.
+    Rewards: as flow_grpo. Ranges: as flow_grpo, with its `clipped` and `kl_to_reference`; `baseline` is the mean of V, in units of R.
+    When: where the pictures of one prompt are too few for a group's mean. Limits: as flow_grpo; the replay buffer is the last round, whose
+    prompts come in random order.
     """
 
     beta: float = 0.01
@@ -141,8 +144,8 @@ class DPOK(FlowGRPO):
     paper: ClassVar = "2305.16381"
     require: ClassVar = (*FlowGRPO.require, "w_r > 0", "clip_mode in ('ppo', 'clamp')")
     formula: ClassVar = {
-        "policy_gradient": "w_r*(max(-A*exp(min(y-o, 20)), -A*C) if clip_mode == 'ppo' else -A*C) if clipped else -w_r*A*y"
-        " for A in [max(min(R-v, adv_clip), -adv_clip)] for C in [max(min(exp(min(y-o, 20)), 1+epsilon), 1-epsilon)]",
+        "policy_gradient": "mean(w_r*(max(-A*exp(min(y-o, 20)), -A*C) if clip_mode == 'ppo' else -A*C) if clipped else -w_r*A*y"
+        " for A in [max(min(R-sg(v), adv_clip), -adv_clip)] for C in [max(min(exp(min(y-o, 20)), 1+epsilon), 1-epsilon)])",
         "kl": "beta*k",
         "value": "(v-R)**2",
     }
@@ -160,7 +163,7 @@ class DPOK(FlowGRPO):
         return super().advantage(batch) - self._value(batch).detach()
 
     def _value(self, batch: Batch) -> Tensor:
-        return batch.edge_sum(batch.scores["policy"]["value"])[batch.groups.edge]
+        return (batch.edge_sum(batch.scores["policy"]["value"]) / batch.lengths)[batch.groups.edge]
 
     def step_loss(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         if self.clip_mode == "ppo":
@@ -180,10 +183,9 @@ class D3PO(Objective):
 
     g = log clip(pi(x_t-1 | x_t) / ref(x_t-1 | x_t), 1-epsilon, 1+epsilon)
     L = -log sigmoid(beta (g_w - g_l)), the mean over pairs of transitions at the same step; outside the band the gradient is zero
-    SPO (arXiv 2406.04314) has the same loss on pairs that share x_t and are judged at that step.
-    Rewards: beta g. Ranges: with logits within beta log((1+epsilon)/(1-epsilon)) the loss moves little: 0.683 to 0.703 for beta 0.1 and
-    epsilon 0.1. When: preferences over the model's own pictures. Limits: d3po gives all steps of a picture its label; spo_diffusion judges
-    each of them, at the cost of scoring candidates at each step.
+    Rewards: beta log pi/ref of a transition, without the clip. Ranges: logits stay within beta log((1+epsilon)/(1-epsilon)), so the loss
+    moves little: 0.683 to 0.703 for beta 0.1 and epsilon 0.1; `clipped` is a share of transitions. When: preferences over the model's own
+    pictures. Limits: all steps of a picture have its label; spo_diffusion judges each of them, at the cost of candidates at each.
     """
 
     beta: float = 0.1
@@ -194,7 +196,8 @@ class D3PO(Objective):
     paper: ClassVar = "2311.13231"
     require: ClassVar = ("beta > 0", "0 < epsilon < 1")
     formula: ClassVar = {
-        "preference": "-log(sigmoid(beta*(log(max(min(exp(w-rw), 1+epsilon), 1-epsilon)) - log(max(min(exp(l-rl), 1+epsilon), 1-epsilon)))))"
+        "preference": "-log(sigmoid(beta*(log(max(min(exp(w-rw), 1+epsilon), 1-epsilon))"
+        " - log(max(min(exp(l-rl), 1+epsilon), 1-epsilon)))))"
     }
     golden: ClassVar = (
         ({"w": 1, "l": -1, "beta": 0.1, "epsilon": 0.1}, 0.683164),
@@ -211,9 +214,25 @@ class D3PO(Objective):
 
     def __call__(self, batch: Batch) -> Terms:
         ratio = step_logp(batch, "policy") - step_logp(batch, "reference").detach()
-        inside = ratio.clamp(torch.tensor(1 - self.epsilon).log().item(), torch.tensor(1 + self.epsilon).log().item())
+        inside = ratio.clamp(math.log1p(-self.epsilon), math.log1p(self.epsilon))
         pairs = batch.pairs
         logits = self.beta * (inside[pairs.chosen] - inside[pairs.rejected])
         beyond = (inside != ratio).to(ratio.dtype).detach()
         return Terms([Term("preference", -nn.functional.logsigmoid(logits), "pair")],
                      {"clipped": torch.cat([beyond[pairs.chosen], beyond[pairs.rejected]])})
+
+
+@dataclass
+class SPODiffusion(D3PO):
+    """SPO, step-aware preference optimization: D3PO's loss on candidates that share x_t and are judged at that step (arXiv 2406.04314).
+
+    g = log clip(pi(x_t-1 | x_t) / ref(x_t-1 | x_t), 1-epsilon, 1+epsilon)
+    L = -log sigmoid(beta (g_w - g_l)), the mean over pairs of candidates whose scores differ by enough (trajectory.threshold)
+    Rewards: beta log pi/ref of a transition, without the clip. Ranges: `clipped` is a share of transitions; the loss is in [0.126, 2.133]
+    for beta 10 and epsilon 0.1, and its gradient is zero outside the band. When: a scorer for each step, trained here on the data's pairs.
+    Limits: candidates differ in detail alone, so what a picture shows changes slowly; each step costs its candidates, foreseen and scored.
+    """
+
+    beta: float = 10.0
+
+    paper: ClassVar = "2406.04314"

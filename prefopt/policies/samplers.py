@@ -25,13 +25,14 @@ def transition(process: Process, prediction: Tensor, x_t: Tensor, t: Tensor, to:
     sde, flow: Euler-Maruyama of the SDE with the flow's marginals (arXiv 2505.05470), s = level sqrt(t / (1 - t)), d = to - t:
         mean = x_t (1 + s^2 / (2 t) d) + v (1 + s^2 (1 - t) / (2 t)) d,  std = s sqrt(-d)
         At t = 1 the root has the schedule's second time, `second` (a number), in its denominator.
-    cps, flow only (the later code of Flow-GRPO, coefficients preserved): std = to sin(level pi/2), mean = (1 - to) x0 + sqrt(to^2 - std^2) eps
+    cps, flow only (coefficients preserved, the later code of Flow-GRPO):
+        std = to sin(level pi/2),  mean = (1 - to) x0 + sqrt(to^2 - std^2) eps
     """
     level = level.double()
     if process.kind != "flow":
         if kind != "sde":
             raise ValueError(f"the sampler {kind} is for flows, and this model predicts {process.kind}")
-        (_, sigma_t), (alpha_to, sigma_to) = process.scales(t), process.scales(to)
+        alpha_to, sigma_to = process.scales(to)
         std = level * process.variance(t, to).sqrt()
         mean = _times(alpha_to, process.x0_of(prediction, x_t, t)) + \
             _times((sigma_to.square() - std.square()).clamp_min(0).sqrt(), process.eps_of(prediction, x_t, t))

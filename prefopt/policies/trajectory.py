@@ -168,7 +168,7 @@ def policy_times(sampling: Sampling, step: Tensor, like: Tensor) -> Tensor:
 
 def draw_walks(policy: DiffusionPolicy, sampling: Sampling, captions: list[int], keys: Sequence[tuple], shared_start: bool = False) \
         -> tuple[Tensor, Tensor]:
-    """([B, T + 1, C, h, w] latents from noise to picture, [B, T] log-probs of the steps), fp32 on the CPU. All noise follows from `keys`."""
+    """([B, T + 1, C, h, w] latents from noise to picture, [B, T] log-probs of the steps), fp32, on the CPU. Noise follows from `keys`."""
     shape = policy.encodings.shape
     x = start_of(shape, keys, shared_start).to(policy.device)
     latents, logps = [x.cpu()], []

@@ -1,7 +1,7 @@
-"""A scorer that knows at which step of the sampler a picture is foreseen (SPO's step-aware preference model, arXiv 2406.04314), trained here.
+"""A scorer that knows at which step of the sampler a picture is foreseen (SPO's step-aware preference model, arXiv 2406.04314).
 
-It reads latents, so nothing is decoded to be judged: the picture that one call of the network foresees from a noisy latent, the caption,
-and how far the sampler is. The paper's is a CLIP of pixels with the time in its norms, trained on the same comparisons.
+It is trained here and reads latents, so nothing is decoded to be judged: the picture that one call of the network foresees from a noisy
+latent, the caption, and how far the sampler is. The paper's is a CLIP of pixels with the time in its norms, trained on such comparisons.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ STEPS, BATCH, RATE, WIDTH = 500, 32, 2e-3, 64  # of its training: about a minute
 
 
 class StepAware(nn.Module):
-    """Latents [N, C, h, w], a caption's mean embedding [N, d] and the share of the process that is left [N] -> scores [N], in logits: of two
-    pictures the first is preferred with probability sigmoid(difference)."""
+    """Latents [N, C, h, w], a caption's mean embedding [N, d] and the share of the process that is left [N] -> scores [N], in logits: of
+    two pictures the first is preferred with probability sigmoid(difference)."""
 
     def __init__(self, channels: int, gist: int):
         super().__init__()
@@ -66,8 +66,8 @@ class StepAwareScorer:
 
     @torch.no_grad()
     def foreseen(self, pairs: Sequence[tuple[int, int, int, float]], left: list[float], guidance: Guidance, *key: object) -> Tensor:
-        """[2 P, C, h, w] both pictures of each pair as the policy foresees them from where so much of the process is `left`, under one noise
-        for both; the chosen ones first."""
+        """[2 P, C, h, w] both pictures of each pair as the policy foresees them from where so much of the process is `left`, under one
+        noise for both; the chosen ones first."""
         policy = self.policy
         sides = [policy.encodings.latent(pair[side])[0] for side in (0, 1) for pair in pairs]
         clean = torch.stack(sides).float().to(policy.device)
@@ -78,8 +78,8 @@ class StepAwareScorer:
         return policy.process.x0_of(said, x, t)
 
     def train(self, rows: Sequence[Row], guidance: Guidance, seed: int) -> None:
-        """On the pairs of `rows`: at a uniform time, cross-entropy of which of two foreseen pictures is preferred; each pair weighs one over
-        the number of pairs of its prompt."""
+        """On the pairs of `rows`: at a uniform time, cross-entropy of which of two foreseen pictures is preferred; each pair weighs one
+        over the number of pairs of its prompt."""
         pairs = pairs_of(rows)
         count = Counter(pair[2] for pair in pairs)
         network, policy = self.network, self.policy

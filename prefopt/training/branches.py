@@ -31,9 +31,10 @@ class Branches:
     def __init__(self, policy: DiffusionPolicy, cfg: TrajectoryConfig, scorer: StepScorer):
         self.policy, self.cfg, self.scorer = policy, cfg, scorer
 
-    def draw(self, sampling: Sampling, captions: list[int], keys: Sequence[tuple], examples: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """([B, W, 3, C, h, w] parent, best and worst candidate at each of the W trained steps; [B, W, 3] log-probs of both and the difference
-        of their probabilities; [B, C, h, w] the pictures' latents), fp32 on the CPU."""
+    def draw(self, sampling: Sampling, captions: list[int], keys: Sequence[tuple], examples: Sequence[Any]) \
+            -> tuple[Tensor, Tensor, Tensor]:
+        """([B, W, 3, C, h, w] parent, best and worst candidate at each of the W trained steps; [B, W, 3] log-probs of both and the
+        difference of their probabilities; [B, C, h, w] the pictures' latents), fp32, on the CPU."""
         policy, k, shape = self.policy, self.cfg.candidates, self.policy.encodings.shape
         x = start_of(shape, keys, self.cfg.shared_start).to(policy.device)
         latents, found = [], []

@@ -1,4 +1,4 @@
-"""Batches of transitions: draw pictures with all steps of the sampler, have them judged, learn from the steps, and so on, round by round."""
+"""Batches of transitions: draw pictures with all steps of the sampler, have them judged, learn from the steps, round by round."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Round:
 
 
 class TrajectorySource:
-    """A round draws `source.prompts` prompts, `source.samples` pictures of each, and takes steps on `train.batch_size` prompts at a time, with
-    all trained transitions of their pictures, for `source.epochs` passes.
+    """A round draws `source.prompts` prompts, `source.samples` pictures of each, and takes steps on `train.batch_size` prompts at a time,
+    with all trained transitions of their pictures, for `source.epochs` passes.
 
     Of `groups`, each transition is a completion with its picture's advantage; of `pairs`, two transitions at the same step, labelled as
     their pictures are (`data.pairs`: best and worst, or all), or candidates that were compared at that step (`trajectory.candidates`).
@@ -125,8 +125,8 @@ class TrajectorySource:
         made = Round([d for p in parts for d in p.drawn], torch.cat([p.latents for p in parts]), torch.cat([p.logps for p in parts]))
         rewards = [d.reward for d in made.drawn]
         if number == 0 and max(rewards) == min(rewards):
-            raise UserError(f"the reward of all {len(rewards)} pictures of the first round is {rewards[0]:g}: a constant reward says nothing of "
-                            "which is better; choose another reward, or look at some pictures with prefopt sample")
+            raise UserError(f"the reward of all {len(rewards)} pictures of the first round is {rewards[0]:g}: a constant reward says "
+                            "nothing of which is better; choose another reward, or look at some pictures with prefopt sample")
         if engine.accelerator.is_main_process:
             self._write(made, number)
         return made
@@ -229,7 +229,7 @@ class TrajectorySource:
 
     def _write(self, made: Round, number: int) -> None:
         """Latents are kept for the rounds that a checkpoint may lead back to."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.steps_per_round > 1:
             saved = checkpoint.steps(self.folder.parent / "checkpoints")
             needed = int(saved[-1].name.removeprefix("step-")) // self.steps_per_round if saved else number
