@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Optional
 
+from prefopt.config import trajectory
+from prefopt.config.trajectory import TrajectoryConfig
+
 REQUIRED = "???"
 
 
@@ -207,29 +210,6 @@ class SourceConfig:
 
 
 @dataclass
-class TrajectoryConfig:
-    kind: str = "sde"  # sde | cps
-    steps: int = 10
-    noise: float = 0.7
-    guidance: Optional[float] = None
-    guidance_differs: bool = False
-    blank_gradient: bool = False
-    window: Optional[list[int]] = None  # first step, first step beyond
-    window_size: Optional[int] = None
-    outside: str = "sde"  # sde | ode
-    reduction: str = "mean"  # mean | sum
-    kl: str = "exact"  # exact | code | error
-    advantage: str = "group"  # group | global | running | none
-    buffer: int = 16
-    min_count: int = 16
-    shared_start: bool = False
-    candidates: Optional[int] = None
-    scorer: str = "step_aware"  # step_aware | reward
-    threshold: float = 0.0
-    go_on: str = "random"  # random | best
-
-
-@dataclass
 class ReferenceConfig:
     policy: str = "initial"  # initial | base
     refresh: str = "never"  # never | round | stage | steps
@@ -333,13 +313,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "source.kind": ("offline", "rounds", "rollout", "trajectories"),
     "source.writer": ("policy", "reference"),
     "source.labels": ("best", "sampled", "soft"),
-    "trajectory.kind": ("sde", "cps"),
-    "trajectory.outside": ("sde", "ode"),
-    "trajectory.reduction": ("mean", "sum"),
-    "trajectory.kl": ("exact", "code", "error"),
-    "trajectory.advantage": ("group", "global", "running", "none"),
-    "trajectory.scorer": ("step_aware", "reward"),
-    "trajectory.go_on": ("random", "best"),
+    **trajectory.CHOICES,
     "noise.plan": ("shared", "independent", "inverted", "path"),
     "noise.inverter": ("policy", "reference"),
     "noise.timesteps": ("uniform", "logit_normal", "importance"),
@@ -381,15 +355,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.rejection_beta", "x >= 0", "0 or more"),
     ("source.epochs", "x >= 1", "at least 1"),
     ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
-    ("trajectory.steps", "x >= 2", "at least 2"),
-    ("trajectory.noise", "x > 0", "above 0: steps without noise have no log-prob"),
-    ("trajectory.guidance", "x is None or x >= 0", "0 or more, or null"),
-    ("trajectory.window", "x is None or len(x) == 2", "[first step, first step beyond], counted from the noise, or null"),
-    ("trajectory.window_size", "x is None or x >= 1", "at least 1, or null"),
-    ("trajectory.buffer", "x >= 1", "at least 1"),
-    ("trajectory.min_count", "x >= 2", "at least 2"),
-    ("trajectory.candidates", "x is None or x >= 2", "at least 2, or null"),
-    ("trajectory.threshold", "0 <= x <= 1", "a difference of two probabilities, in [0, 1]"),
+    *trajectory.BOUNDS,
     ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.zero", "0 <= x <= 3", "in [0, 3]: a ZeRO stage, or 0 for plain data parallelism"),
