@@ -229,8 +229,8 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
         raise UserError(f"source={cfg.source.kind}: pictures cannot be learned from while they are drawn yet; use source=offline")
     if hasattr(cfg, "noise"):
         _check_inversion(cfg.noise, info)
-    if hasattr(cfg, "noise") and cfg.noise.low >= cfg.noise.high:
-        raise UserError(f"noise.low={cfg.noise.low:g} and noise.high={cfg.noise.high:g} leave no time between; low must be less")
+        if cfg.noise.low >= cfg.noise.high:
+            raise UserError(f"noise.low={cfg.noise.low:g} and noise.high={cfg.noise.high:g} leave no time between; low must be less")
 
 
 def _check_inversion(noise: Any, info: ObjectiveInfo) -> None:
@@ -312,8 +312,8 @@ def check_quantize(model: Any) -> None:
 
 def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
     """Whether rows are given or sampled, and whether what is sampled can be judged and used."""
-    source = cfg.source
     check_trajectories(cfg, info)
+    source = cfg.source
     if (source.kind == "rollout") != (info.view == "groups" and not info.stepwise):
         wants = "rollout" if info.view == "groups" else "offline or source=rounds"
         raise UserError(f"source={source.kind} does not fit: {info.name} reads {VIEWS[info.view]}; use source={wants}")
@@ -486,7 +486,6 @@ def _ranges(cfg: Any) -> None:
             raise UserError(f"{key}={_shown(value)}: it must be a finite number")
         if value is not _ABSENT and not eval(test, {"__builtins__": {}, "len": len, "all": all}, {"x": value}):
             raise UserError(f"{key}={_shown(value)}: it must be {what}")
-
 
 _ABSENT = object()
 

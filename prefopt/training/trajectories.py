@@ -232,7 +232,7 @@ class TrajectorySource:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.steps_per_round > 1:
             saved = checkpoint.steps(self.folder.parent / "checkpoints")
-            needed = int(saved[-1].name.removeprefix("step-")) // self.steps_per_round if saved else number
+            needed = int(saved[-2:][0].name.removeprefix("step-")) // self.steps_per_round if saved else number
             for old in self.folder.glob("round-*.safetensors"):
                 if int(old.stem.removeprefix("round-")) < needed:
                     old.unlink()
