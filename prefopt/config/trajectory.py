@@ -15,7 +15,7 @@ class TrajectoryConfig:
     guidance_differs: bool = False
     blank_gradient: bool = False
     window: Optional[list[int]] = None  # first step, first step beyond
-    window_size: Optional[int] = None
+    window_size: Optional[int] = 3
     outside: str = "sde"  # sde | ode
     reduction: str = "mean"  # mean | sum
     kl: str = "exact"  # exact | code | error

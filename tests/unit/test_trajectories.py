@@ -30,7 +30,7 @@ from tests.toy_pictures import picture_policy
 from tests.toy_runs import fresh_accelerator, gradients
 
 CAPTIONS = ("a cat", "a dog", "A cat", "a bird")
-FEW = {"steps": 4, "window": [0, 3]}
+FEW = {"steps": 4, "window": [0, 3], "window_size": None}
 ADVANTAGE = {DPOK: "none"}
 
 
