@@ -69,6 +69,9 @@ class Book:
     def sizes(self, image: int) -> None:
         return None
 
+    def default_sizes(self, count: int) -> None:
+        return None
+
     def caption(self, caption: int) -> dict[str, Tensor]:
         return {"embeds": normals((WIDTH,), "embeds", self.said[caption])}
 

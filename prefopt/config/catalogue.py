@@ -23,7 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 GROUPS = (
-    "algo", "model", "adapter", "data", "transforms", "source", "noise", "reference", "teacher", "hardware", "tracker", "reward",
+    "algo", "model", "adapter", "data", "transforms", "source", "trajectory", "noise", "reference", "teacher", "hardware", "tracker",
+    "reward",
     "sampler", "stages", "experiment", "sweep", "debug",
 )  # fmt: skip
 VIEWS = {

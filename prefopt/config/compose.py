@@ -24,6 +24,7 @@ from prefopt.config.rounds import JUDGES, check_harmonic, check_refresh, check_r
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
 from prefopt.config.strength import for_model, with_number
+from prefopt.config.trajectories import check_trajectories
 from prefopt.config.users import check_users
 from prefopt.errors import UserError, nearest
 
@@ -227,8 +228,8 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
     if hasattr(cfg, "noise"):
         _check_inversion(cfg.noise, info)
-    if hasattr(cfg, "noise") and cfg.noise.low >= cfg.noise.high:
-        raise UserError(f"noise.low={cfg.noise.low:g} and noise.high={cfg.noise.high:g} leave no time between; low must be less")
+        if cfg.noise.low >= cfg.noise.high:
+            raise UserError(f"noise.low={cfg.noise.low:g} and noise.high={cfg.noise.high:g} leave no time between; low must be less")
 
 
 def _check_inversion(noise: Any, info: ObjectiveInfo) -> None:
@@ -310,8 +311,9 @@ def check_quantize(model: Any) -> None:
 
 def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
     """Whether rows are given or sampled, and whether what is sampled can be judged and used."""
+    check_trajectories(cfg, info)
     source = cfg.source
-    if (source.kind == "rollout") != (info.view == "groups"):
+    if (source.kind == "rollout") != (info.view == "groups" and not info.stepwise):
         wants = "rollout" if info.view == "groups" else "offline or source=rounds"
         raise UserError(f"source={source.kind} does not fit: {info.name} reads {VIEWS[info.view]}; use source={wants}")
     check_rounds(cfg, info)
@@ -485,7 +487,6 @@ def _ranges(cfg: Any) -> None:
             raise UserError(f"{key}={_shown(value)}: it must be a finite number")
         if value is not _ABSENT and not eval(test, {"__builtins__": {}, "len": len, "all": all}, {"x": value}):
             raise UserError(f"{key}={_shown(value)}: it must be {what}")
-
 
 _ABSENT = object()
 

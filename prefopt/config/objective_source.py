@@ -77,6 +77,11 @@ class ObjectiveInfo:
         return "reward" in self.quantities.get("policy", ())
 
     @property
+    def stepwise(self) -> bool:
+        """Whether its completions are transitions of a sampler."""
+        return "step_logp" in self.quantities.get("policy", ())
+
+    @property
     def token_level(self) -> bool:
         return any("token_logp" in quantities for quantities in self.quantities.values())
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Optional
 
+from prefopt.config import trajectory
+from prefopt.config.trajectory import TrajectoryConfig
+
 REQUIRED = "???"
 
 
@@ -202,7 +205,7 @@ class SamplerConfig:
 
 @dataclass
 class SourceConfig:
-    kind: str = "offline"  # offline | rounds | rollout
+    kind: str = "offline"  # offline | rounds | rollout | trajectories
     writer: str = "policy"  # policy | reference
     prompts: int = 32
     samples: int = 2
@@ -280,6 +283,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -318,11 +322,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.precision": ("fp32", "bf16"),
     "tracker.mode": ("online", "offline", "off"),
     "reward.kind": ("auto", "none", "model", "followup", *PICTURE_REWARDS),
-    "source.kind": ("offline", "rounds", "rollout"),
+    "source.kind": ("offline", "rounds", "rollout", "trajectories"),
     "source.writer": ("policy", "reference"),
     "source.labels": ("best", "sampled", "soft", "given"),
     "source.partner": ("sample", "given"),
     "source.judge": ("reward", "policy"),
+    **trajectory.CHOICES,
     "noise.plan": ("shared", "independent", "inverted", "path", "states"),
     "noise.inverter": ("policy", "reference"),
     "noise.timesteps": ("uniform", "logit_normal", "importance"),
@@ -367,6 +372,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.extrapolate", "0 <= x < 1", "in [0, 1)"),
     ("source.mix", "0 <= x <= 1", "in [0, 1]"),
     ("source.top", "0 < x <= 1", "in (0, 1]"),
+    *trajectory.BOUNDS,
     ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.zero", "0 <= x <= 3", "in [0, 3]: a ZeRO stage, or 0 for plain data parallelism"),
@@ -450,6 +456,7 @@ class DataCheckConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)

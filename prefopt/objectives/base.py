@@ -51,7 +51,8 @@ class Demonstrations:
 
 @dataclass
 class Groups:
-    """Completions sampled for the same prompts and what each was worth. All tensors are [S]."""
+    """Completions sampled for the same prompts and what each was worth (of transitions: by how much more than its baseline). All tensors
+    are [S]."""
 
     edge: Tensor
     group: Tensor  # the first edge of the group that a completion belongs to
@@ -113,7 +114,8 @@ SHAPES: dict[str, tuple[int, ...]] = {"hidden": (1,), "degree_logits": (2, 3)}  
 class Batch:
     """Scores of a set of edges and the views an objective reads them through.
 
-    `scores[scorer][quantity]`: `logp` (token sum) and `reward` are [E], those of `PER_TOKEN` [N]. `token_edge` [N] names each token's edge.
+    `scores[scorer][quantity]`: `logp` (token sum), `reward` and `step_logp` (of a completion that is one transition of a sampler) are [E],
+    those of `PER_TOKEN` [N]. `token_edge` [N] names each token's edge.
     """
 
     lengths: Tensor  # [E] number of trained tokens
@@ -272,6 +274,11 @@ class Objective:
         if not hasattr(self, "beta") or any("logp" not in self.quantities.get(s, ()) for s in ("policy", "reference")):
             raise TypeError(f"{type(self).__name__} defines no rewards, and without beta and a reference there is no default")
         return self.beta * batch.log_ratio().detach()
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether its completions are transitions of a sampler, with the quantity `step_logp`."""
+        return "step_logp" in self.quantities["policy"]
 
     @property
     def states_of(self) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ and a picture's score is the mean over its draws: the summand of the evidence bo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ from prefopt.data.latents import Encodings, encode, patient
 from prefopt.data.records import BadRow, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import RunFailed
+from prefopt.objectives.base import About
 from prefopt.policies.denoisers import Denoiser
 from prefopt.policies.encoders import Encoders
+from prefopt.policies.guidance import PLAIN, Guidance
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
+from prefopt.policies.owned import consult
+from prefopt.policies.samplers import log_prob
+from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
 from prefopt.policies.user_branch import Users
 
 BY_A_MODEL = ("inverted", "path")  # plans of noise that a model makes
@@ -83,11 +89,12 @@ class Sites:
     weight: Tensor
     captions: list[int]
     sizes: Tensor | None
-    guidance: float = 1.0
+    guidance: Guidance = PLAIN
 
 
 class DiffusionPolicy(nn.Module):
-    """`forward(micro)` -> `token_logp` [N] and `error` [N], the mean over latent dims of the squared error, of N draws in edge order."""
+    """`forward(micro)` -> `token_logp` [N] and `error` [N], the mean over latent dims of the squared error, of N draws in edge order; or of
+    N transitions (`policies/trajectory.py`) `step_logp`, which is `token_logp` too."""
 
     quantity, layout, share, pad = "token_logp", "draws", False, 0
 
@@ -101,6 +108,8 @@ class DiffusionPolicy(nn.Module):
         self.draws = Draws(noise, seed)
         self.ways: dict[int, Way] = {}  # group -> how its sample was drawn, for plan=states
         self.users = Users(cfg.user_width) if cfg.user_width else None
+        self.sampling: Sampling | None = None  # of the walks, which whoever drew them leaves here
+        self.walks: dict[int, Walk] = {}
         self.train()
 
     @property
@@ -184,6 +193,8 @@ class DiffusionPolicy(nn.Module):
         is half the weighted squared distance of their predictions, of whatever kind."""
         self.prepare(micro)
         sites = micro.made
+        if isinstance(sites, Transitions):
+            return self._steps(micro, sites, asked)
         prediction = self.predict(sites.x_t, sites.t, sites.captions, sites.sizes, sites.guidance)
         share = 0.5 * sites.weight / micro.trained.sum(1)[micro.layout.token_edge]
         squared = (prediction - sites.target).flatten(1).square()
@@ -194,7 +205,39 @@ class DiffusionPolicy(nn.Module):
             made["divergence"] = share * (prediction - asked.divergence[1]).flatten(1).square().sum(1)
         return made
 
-    def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: float = 1.0) -> Tensor:
+    def _steps(self, micro: MicroBatch, sites: Transitions, asked: Any) -> dict[str, Tensor]:
+        """The same of transitions; a `divergence` is that of both Gaussians, and the objective's module, if it has one, is shown x_t."""
+        sampling, x_t = sites.sampling, sites.x_t
+        prediction = self.predict(x_t, policy_times(sampling, sites.step, x_t), sites.captions, sites.sizes, sampling.guidance)
+        step_logp = log_prob(sites.x_to, *sampling.gaussian(prediction, x_t, sites.step), sampling.reduction)
+        made = {"token_logp": step_logp, "step_logp": step_logp}
+        if asked is not None and asked.states:
+            made["states"] = prediction.detach()
+        if asked is not None and asked.divergence:
+            made["divergence"] = sampling.distance(prediction, asked.divergence[1], x_t, sites.step)
+        if asked is not None and asked.module:
+            done = (sites.step / (len(sampling.times) - 1)).to(x_t)
+            said = torch.stack([self.gist(self._parts(caption)[0]) for caption in sites.captions]).to(x_t)
+            made |= consult(self, micro, torch.cat([x_t.flatten(1), said, done[:, None]], 1), None)
+        return made
+
+    def gist(self, caption: int) -> Tensor:
+        """[d] the mean embeddings of a caption, for modules that are no networks of their own."""
+        said = self.encodings.caption(caption)
+        return torch.cat([t.reshape(-1, t.shape[-1]).float().mean(0) for name, t in sorted(said.items()) if name != "mask"])
+
+    @property
+    def about(self) -> About:
+        """What an objective's module is shown of a transition: x_t, the gist of its caption, and how far the sampler is."""
+        shape = self.encodings.shape
+        return About(math.prod(shape) + len(self.gist(self.encodings.caption_of(""))) + 1, 0)
+
+    def sizes(self, count: int) -> Tensor | None:
+        """[count, 6] of pictures that are drawn, for networks that are told."""
+        sizes = self.encodings.default_sizes(count)
+        return None if sizes is None else sizes.to(self.device)
+
+    def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: Guidance = PLAIN) -> Tensor:
         """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598)."""
         parts = [self._parts(c) for c in captions]
         said = [self.encodings.caption(caption) for caption, _ in parts]
@@ -204,10 +247,11 @@ class DiffusionPolicy(nn.Module):
         condition = {name: value.to(x_t.device) for name, value in condition.items()}
         with self.autocast():
             prediction = self.denoiser.predict(x_t, t, condition, sizes).float()
-        if guidance == 1:
+        if not guidance.on:
             return prediction
-        blank = self.predict(x_t, t, [self.encodings.caption_of("")] * len(captions), sizes)
-        return blank + guidance * (prediction - blank)
+        with nullcontext() if guidance.blank_gradient else torch.no_grad():
+            blank = self.predict(x_t, t, [self.encodings.caption_of("")] * len(captions), sizes)
+        return guidance(prediction, blank)
 
     def prepare(self, micro: MicroBatch, reference: Any = None) -> None:
         """Finds where the micro-batch is scored, before anybody scores it: policy and `reference` (see `policies/reference.py`) are asked
@@ -216,8 +260,10 @@ class DiffusionPolicy(nn.Module):
             micro.made = self.sites(micro, reference)
 
     @torch.no_grad()
-    def sites(self, micro: MicroBatch, reference: Any = None) -> Sites:
+    def sites(self, micro: MicroBatch, reference: Any = None) -> Sites | Transitions:
         """Held-out pictures are judged at random noise under every plan, so that all runs are judged alike."""
+        if self.sampling is not None and (found := transitions_of(micro, self.walks, self.sampling, self.sizes(1))) is not None:
+            return found
         cfg, seen = self.draws.cfg, self._seen(micro)
         if cfg.plan == "states" and any(number < HELD_OUT for _, number, _ in seen.keys):
             return self._state_sites(seen, micro.input_ids.device)
@@ -294,7 +340,7 @@ class DiffusionPolicy(nn.Module):
         def predict(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             draws = [of[k] for k in rows.tolist()]
             sizes = None if seen.sizes is None else seen.sizes[draws]
-            return model.predict(x, t, [seen.captions[k] for k in draws], sizes, cfg.inversion_guidance)
+            return model.predict(x, t, [seen.captions[k] for k in draws], sizes, Guidance(cfg.inversion_guidance))
 
         def noise(i: int, rows: Tensor) -> Tensor:
             keys = [seen.keys[of[k]] for k in rows.tolist()]
@@ -338,7 +384,8 @@ class DiffusionPolicy(nn.Module):
                     if int(state[k]) == leg.i:
                         x[k], said[k] = leg.before[place], leg.said[place]
         t = grid(self.process, cfg.inversion_steps)[state]
-        return Sites(x, said, t.to(device), self._weight(seen, t).to(device), seen.captions, seen.sizes, cfg.inversion_guidance)
+        return Sites(x, said, t.to(device), self._weight(seen, t).to(device), seen.captions, seen.sizes,
+                     Guidance(cfg.inversion_guidance))
 
     def autocast(self) -> torch.autocast:
         """bf16 products, inside the policy, so that references and sampling compute exactly as training does."""
@@ -395,13 +442,12 @@ class DiffusionPolicy(nn.Module):
                  ways: list[Way] | None = None) -> Tensor:
         """Latents from noise: DDIM, or Euler's steps along a flow."""
         captions = [caption for (caption,) in prompts]
-        guidance = self.cfg.guidance if sampler.guidance is None else sampler.guidance
+        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance)
         times = self.process.schedule(sampler.steps).expand(len(x), -1).to(self.device)
         if ways is not None:
             times = self.process.jittered(times, torch.tensor([share("jitter", *key) for key in keys], device=self.device))
         x, kept = x.to(self.device), []
-        sizes = self.encodings.default_sizes(len(captions))
-        sizes = None if sizes is None else sizes.to(self.device)
+        sizes = self.sizes(len(captions))
         for t, to in zip(times.T[:-1], times.T[1:], strict=True):
             said = self.predict(x, t, captions, sizes, guidance)
             if ways is not None:

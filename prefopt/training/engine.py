@@ -110,8 +110,8 @@ class Engine:
                 continue
             if scorer in micro.stored:  # token by token, or their sums
                 known = micro.stored[scorer]
-                if self.objective.quantities[scorer] == ("value",):
-                    known = {"value": known[kind]}
+                if self.objective.quantities[scorer] in (("value",), ("step_logp",)):
+                    known = {self.objective.quantities[scorer][0]: known[kind]}
                 scores[scorer] = quantities(known[kind], layout, kind) if kind in known else known
             elif scorer == "previous":  # nothing was stored: the policy has not moved since it wrote these replies
                 scores[scorer] = {name: t.detach() for name, t in scores["policy"].items()}

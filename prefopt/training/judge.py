@@ -18,6 +18,7 @@ from prefopt.config.schema import SamplerConfig
 from prefopt.data.batch import MicroBatch, Row
 from prefopt.data.records import Completion, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
+from prefopt.errors import UserError
 from prefopt.objectives.base import Batch, Objective, unit_weight
 from prefopt.policies.reference import Provider, Reloaded
 from prefopt.report import picture_measures
@@ -147,7 +148,7 @@ class Judge:
         source, engine, out = self.held_out, self.engine, {}
         comparable, direct = any(row.kind in COMPARABLE for row in source.rows), source.view in ("pairs", "unary", "ranking")
         found = self._scored(source.view, rewards=comparable and direct)
-        if engine.objective.view == source.view:  # groups are sampled while training; stored rows hold none
+        if engine.objective.view == source.view and not engine.objective.stepwise:  # groups and steps are sampled while training
             out["loss"] = self._loss(found.units)
         if not comparable:
             return out | self._single(found.tables)
@@ -392,6 +393,17 @@ def answer(prompt: Example, text: str, image: Any = None) -> Example:
     return replace(prompt, completions=[reply], kind="demonstration", label=1.0, margin=0.0)
 
 
+def judged(reward: RewardFunction, pictures: list[Any]) -> list[float]:
+    """The reward of each picture. Raises `UserError` where that is not one finite number for each."""
+    found = list(reward(pictures))
+    if len(found) != len(pictures):
+        raise UserError(f"the reward gave {len(found)} numbers for {len(pictures)} pictures; it must give one for each, in their order")
+    for example, value in zip(pictures, found, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"the reward of a picture for the prompt of {example.origin} is {value}; a reward must be a finite number")
+    return [float(value) for value in found]
+
+
 def preferred(row: Row) -> list[tuple[int, int]]:
     """(better, worse) completions of a row, by number. Completions that are the same after truncation are no pair of a ranking."""
     if row.kind not in COMPARABLE:
@@ -420,7 +432,7 @@ def _read(batch: Batch, of: Sequence[int], objective: Objective | None = None, r
         out.tables["reference"] = _by_row(batch.logp("reference"), of)
     if rewards:
         out.tables["rewards"] = _by_row(objective.rewards(batch), of)
-    if objective.view != view:
+    if objective.view != view or objective.stepwise:
         return out
     row = torch.tensor(of, dtype=torch.long)
     for term in objective(batch).terms:

@@ -24,6 +24,7 @@ from prefopt.training import checkpoint, ranks
 from prefopt.training.engine import learning_rate
 from prefopt.training.plan_text import out_of_memory
 from prefopt.training.progress import Progress
+from prefopt.training.replay import replay_check
 from prefopt.training.rundir import manifest, read_manifest, read_status, write_atomic, write_status
 from prefopt.training.selfcheck import self_check
 from prefopt.training.setup import Run, make_accelerator, make_trackers, set_up
@@ -40,7 +41,9 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     step = log.resume()
     with StopSignals() as stop, log.ending():
         if step == 0 and cfg.train.self_check:
-            log.checked(self_check(run.engine, run.source.step(0), cfg.hardware.precision, run.reference_is_initial))
+            first = run.source.step(0)
+            log.checked(self_check(run.engine, first, cfg.hardware.precision, run.reference_is_initial)
+                        | replay_check(run.engine, first, cfg.hardware.precision))
         if log.evaluation_due(step) and not log.evaluated(step):
             log.evaluate(step)
         while step < run.total_steps:

@@ -104,6 +104,9 @@ class PicturePlan:
 
 def picture_plan_text(cfg: TrainConfig) -> str:
     """What `prefopt plan` prints. Raises `UserError` where a run could not start."""
+    if cfg.source.kind == "trajectories":
+        raise UserError("prefopt plan estimates runs on given pictures, and source=trajectories draws its own; try a run of few steps: "
+                        "train.steps=4, whose metrics.jsonl says how long a step and its round take")
     made = estimate(cfg, scene_of(cfg))
     parts = [[verdict(made)], table(_about(made), "  "), _memory(made), communication_lines(cfg, made.sent, made.seconds), _work(made),
              deepspeed_lines(cfg)]

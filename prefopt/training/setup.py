@@ -45,9 +45,11 @@ from prefopt.training.online import OnlineSource
 from prefopt.training.picture_rounds import PictureRounds, asks_for_given
 from prefopt.training.reference import make_references
 from prefopt.training.rundir import plain_config, read_manifest
+from prefopt.training.scorers import make_scorer
 from prefopt.training.source import OfflineSource
 from prefopt.training.teachers import make_teacher
 from prefopt.training.throughput import find_peak, machine, unit
+from prefopt.training.trajectories import TrajectorySource
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Run:
     cfg: TrainConfig
     folder: Path
     engine: Engine
-    source: OfflineSource | OnlineSource
+    source: OfflineSource | OnlineSource | TrajectorySource
     moving: Moving
     judge: Judge
     held_out: Dataset
@@ -167,7 +169,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     splits = train_split, held_out_split = load_data(cfg.data, cfg.trust)
     read = {split.name: split.digest() for split in splits}  # transforms belong to the method, and runs over the same rows can be compared
     apply_transforms(splits, cfg.data, cfg.seed, transform_tools(cfg, accelerator.device))
-    online = cfg.source.kind != "offline"
+    online, stepwise = cfg.source.kind != "offline", cfg.source.kind == "trajectories"
+    teaches = stepwise and bool(cfg.trajectory.candidates) and cfg.trajectory.scorer == "step_aware"  # the data's pairs, a scorer
     view = "pairs" if objective.view == "groups" else objective.view  # what held-out rows are judged as: they were not sampled
     if not online:
         for example in (*train_split.examples, *held_out_split.examples):
@@ -178,8 +181,10 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity, cfg.noise)
     if cfg.model.kind == "diffusion":
+        if stepwise and not teaches:  # their pictures will not be looked at
+            train_split.examples = [replace(e, completions=[]) for e in train_split.examples]
         trained = [reduce_ranking(e, "all" if view == "ranking" else cfg.data.pairs) for e in train_split.examples]
-        if online and not asks_for_given(cfg.source):
+        if online and not stepwise and not asks_for_given(cfg.source):
             trained = [replace(e, completions=[]) for e in trained]
         examples = [*trained, *held_out_split.examples]  # held-out rankings are judged as they are
         policy.encode([*examples, *captions_of(examples, objective.extra)], cfg.data, accelerator)
@@ -195,6 +200,10 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         given = make_dataset(train_split, cfg.data, policy.tokenise, "pairs" if cfg.source.mix < 1 else "demonstrations", objective.columns,
                              False, cfg.seed)
         train = prompts_of(given)
+    reward, scorer = rewards.get("reward") or rewards.get("true_reward"), None
+    if stepwise and cfg.trajectory.candidates:
+        pairs = make_dataset(train_split, cfg.data, policy.tokenise, "pairs", ("label",), False, cfg.seed).rows if teaches else []
+        scorer = make_scorer(cfg, policy, reward, pairs, [] if as_prompts["eval"] else held_out.rows, accelerator.is_main_process)
     if accelerator.is_main_process:
         say_rejected(train_split, held_out_split, train, held_out)
     if len(train.rows) < objective.min_batch:
@@ -213,9 +222,10 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     averages = moving_averages(objective, policy)
     engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed,
                     deepspeed_json(cfg))
-    if online:
-        judges = rewards.get("reward") or rewards.get("true_reward")
-        parts = (engine, train, judges, cfg.source, cfg.sampler, cfg.data.pairs, folder, source)
+    if stepwise:
+        source = TrajectorySource(engine, train, reward, cfg, source, scorer)
+    elif online:
+        parts = (engine, train, reward, cfg.source, cfg.sampler, cfg.data.pairs, folder, source)
         pictured = cfg.model.kind == "diffusion"
         source = PictureRounds(*parts, given=given, start=references.initial) if pictured else OnlineSource(*parts)
     moving = Moving(engine, source, cfg, averages)

@@ -100,8 +100,8 @@ def _exact(value):
 
 def units(batch: Batch, unit: str) -> list[tuple[dict[str, float], float]]:
     """(the names a formula may use, weight from the data) of each unit of a batch, read from its lists one by one."""
-    policy = {name: tensor.tolist() for name, tensor in batch.scores["policy"].items()}
-    reference = {name: tensor.tolist() for name, tensor in batch.scores.get("reference", {}).items()}
+    policy, reference = ({"logp" if name == "step_logp" else name: tensor.tolist() for name, tensor in batch.scores.get(scorer, {}).items()}
+                         for scorer in ("policy", "reference"))
     lengths = batch.lengths.tolist()
     if unit == "pair":
         pairs = [_pair(policy, reference, lengths, *row) for row in _rows(batch.pairs)]
@@ -182,11 +182,24 @@ def _midpoint(rows: list[tuple[float, bool, float]]) -> float:
 
 def _grouped(batch: Batch) -> list[tuple[dict[str, object], float]]:
     rows, out = _rows(batch.groups), []
+    if "step_logp" in batch.scores["policy"]:
+        return [({"R": reward, **transition_of(batch, edge)}, weight) for edge, _, reward, weight in rows]
     tokens = [batch.scores[scorer]["token_logp"].tolist() for scorer in ("policy", "previous", "reference")]
     for edge, group, reward, weight in rows:
         own = [numbers for e, *numbers in zip(batch.token_edge.tolist(), *tokens, strict=True) if e == edge]
         out.append(({"R": reward, "G": [r for _, g, r, _ in rows if g == group], "tokens": own}, weight))
     return out
+
+
+def transition_of(batch: Batch, edge: int) -> dict[str, float]:
+    """y, o, k and v of an edge that is a transition; where it has several tokens, sums of what is said of each, and the mean of v."""
+    names = {"y": ("policy", "step_logp"), "o": ("previous", "step_logp"), "k": ("policy", "divergence"), "v": ("policy", "value")}
+    found = {name: batch.scores[scorer][quantity].tolist() for name, (scorer, quantity) in names.items()
+             if quantity in batch.scores.get(scorer, {})}
+    own = [place for place, e in enumerate(batch.token_edge.tolist()) if e == edge]
+    share = {"v": 1 / len(own)}
+    return {name: values[edge] if name in "yo" else share.get(name, 1) * math.fsum(values[place] for place in own)
+            for name, values in found.items()}
 
 
 def _lists(ranking, policy, reference, lengths) -> list[tuple[dict[str, object], float]]:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 YAML = {path.stem: path for path in sorted((ROOT / "conf" / "algo").glob("*.yaml"))}
 # What a golden number or a limit may pin.
 NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t", "R", "G", "S", "tokens", "a", "b", "W", "L", "mid"}
-NAMES |= {"MW", "ML", "ZW", "ZL", "T", "XS", "X", "sw", "sl"} | STATED
+NAMES |= {"o", "k", "v", "MW", "ML", "ZW", "ZL", "T", "XS", "X", "sw", "sl"} | STATED
 
 
 def settings_of(slug: str) -> tuple[type[Objective], dict]:
@@ -103,13 +103,18 @@ def scored(objective: Objective, layout: Batch, tokens: dict[str, Tensor]) -> Ba
     for scorer, quantities in objective.quantities.items():
         token_logp = silenced(objective, layout, scorer, tokens[scorer])
         total = token_logp.new_zeros(layout.lengths.shape).index_add(0, layout.token_edge, token_logp)
-        made = {"logp": total, "token_logp": token_logp, "reward": total}
+        made = {"logp": total, "token_logp": token_logp, "reward": total, "step_logp": total}
         made |= taught(token_logp) if scorer == "teacher" else {}
         if scorer == "policy":
-            made |= derived(layout, tokens) | compared(objective, tokens)
+            made |= derived(layout, tokens) | compared(objective, tokens) | critic(objective, token_logp)
         made |= {name: t for name, t in tokens.items() if name in PER_TOKEN or name in SHAPES}  # `tokens` may state some of them
         scores[scorer] = {quantity: made[quantity] for quantity in quantities if quantity not in LIVE}
     return replace(layout, scores=scores)
+
+
+def critic(objective: Objective, token_logp: Tensor) -> dict[str, Tensor]:
+    """[N] what a network of the objective's own says of transitions."""
+    return {"value": 0.5 + 0.1 * token_logp.sin()} if objective.stepwise else {}
 
 
 def layout_of(lengths: list[int], **views) -> Batch:
@@ -166,7 +171,9 @@ def random_layout(objective: Objective, rng: random.Random, units: int, edges: i
 
 
 def random_tokens(objective: Objective, layout: Batch, rng: random.Random) -> dict[str, Tensor]:
-    return {scorer: floats(-rng.uniform(0.05, 3) for _ in layout.token_edge) for scorer in objective.quantities}
+    """Log-probs; those of transitions lie near the policy's, or all would be beyond where ratios are clipped."""
+    tokens = {scorer: floats(-rng.uniform(0.05, 3) for _ in layout.token_edge) for scorer in objective.quantities}
+    return {scorer: tokens["policy"] + t / 100 if objective.stepwise and scorer != "policy" else t for scorer, t in tokens.items()}
 
 
 def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
@@ -209,7 +216,16 @@ def one_unit(objective: Objective, names: dict[str, float]) -> Batch:
 
 
 def _one_of_a_group(objective: Objective, names: dict[str, Any]) -> Batch:
-    """The unit and the others of its group, which have a reward but no weight."""
+    """The unit and the others of its group, which have a reward but no weight; of transitions one alone."""
+    if objective.stepwise:
+        get = {"R": 0, "y": 0, "o": 0, "r": 0} | names
+        layout = layout_of([1], groups=Groups(torch.tensor([0]), torch.tensor([0]), floats([get["R"]]), floats([1])))
+        given = {"policy": floats([get["y"]]), "previous": floats([get["o"]]), "reference": floats([get["r"]])}
+        batch = scored(objective, layout, {s: given[s] for s in objective.quantities})
+        for name, quantity in (("k", "divergence"), ("v", "value")):
+            if name in names and quantity in batch.scores["policy"]:
+                batch.scores["policy"][quantity] = floats([names[name]])
+        return batch
     others = list(names["G"])
     others.remove(names["R"])
     count, tokens = 1 + len(others), [*names["tokens"], *([(0, 0, 0)] * len(others))]
@@ -253,6 +269,8 @@ def random_names(objective: Objective, rng: random.Random) -> dict[str, float]:
         lengths = [rng.randint(1, 5) for _ in range(count)]
         ends = [[-n * rng.uniform(0.05, 3) for n in lengths] for _ in range(2)]
         return {"S": list(zip(*ends, lengths, random_scores(rng, count), strict=True))}
+    if objective.stepwise and objective.view == "groups":
+        return {"R": rng.uniform(-7, 7)} | {name: rng.uniform(-2, 2) for name in "yov"} | {"k": rng.uniform(0, 2)}
     if objective.view == "groups":
         rewards = [rng.uniform(-2, 2) for _ in range(rng.randint(2, 4))]
         tokens = [tuple(-rng.uniform(0.05, 3) for _ in range(3)) for _ in range(rng.randint(1, 5))]

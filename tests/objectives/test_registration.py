@@ -106,7 +106,7 @@ def test_declarations_are_known_ones(slug):
     objective = default(slug)
     assert objective.view in VIEWS and objective.coupling in ("local", "global")
     assert set(objective.columns) <= {"weight", "label", "margin", "logp"}
-    known = {"logp", "reward", "states", "layers", *PER_TOKEN, *SHAPES}
+    known = {"logp", "reward", "step_logp", "states", "layers", *PER_TOKEN, *SHAPES}
     assert "policy" in objective.quantities and all(set(q) <= known for q in objective.quantities.values())
     if "divergence" in objective.quantities["policy"]:
         kind, scorer = objective.divergence_from
