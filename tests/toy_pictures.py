@@ -56,9 +56,6 @@ class Book:
         for image in images:
             self.added.pop(image, None)
 
-    def default_sizes(self, count: int) -> None:
-        return None
-
     def latent(self, image: int) -> tuple[Tensor, None]:
         if image in self.added:
             return self.added[image], None

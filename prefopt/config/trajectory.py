@@ -43,10 +43,10 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("trajectory.steps", "x >= 2", "at least 2"),
     ("trajectory.noise", "x > 0", "above 0: steps without noise have no log-prob"),
     ("trajectory.guidance", "x is None or x >= 0", "0 or more, or null"),
-    ("trajectory.window", "x is None or len(x) == 2", "[first step, first step beyond], counted from the noise, or null"),
+    ("trajectory.window", "x is None or len(x) == 2", "two numbers, or null: the first step and the first beyond, from the noise"),
     ("trajectory.window_size", "x is None or x >= 1", "at least 1, or null"),
     ("trajectory.buffer", "x >= 1", "at least 1"),
     ("trajectory.min_count", "x >= 2", "at least 2"),
     ("trajectory.candidates", "x is None or x >= 2", "at least 2, or null"),
-    ("trajectory.threshold", "0 <= x <= 1", "a difference of two probabilities, in [0, 1]"),
+    ("trajectory.threshold", "0 <= x <= 1", "in [0, 1]: it is a difference of two probabilities"),
 )

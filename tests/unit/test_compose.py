@@ -63,6 +63,8 @@ def test_every_choice_composes_and_is_typed(group, name):
     extra += ["algo=grpo"] if (group, name) == ("source", "rollout") else []
     extra += PICTURES if group == "source" and name in catalogue.OF_PICTURES or (group, name) == ("noise", "states") else []
     extra += {"best_of": ["algo=sft"], "states": ["source=self_play_states"]}.get(name, []) if group in ("source", "noise") else []
+    if group == "trajectory" or (group, name) in (("source", "trajectories"), ("source", "candidates")):
+        extra += [*PICTURES, "algo=spo_diffusion" if name in ("spo", "candidates") else "algo=flow_grpo"]
     extra += [*PICTURES, "model.user_width=2"] if (group, name) == ("adapter", "user") else []
     extra += ["model.user_width=2"] if (group, name) == ("algo", "ppd") else []
     moves = {"round": ["source=rounds"], "past": ["source=rounds"], "stage": ["transforms=curriculum"]}
@@ -95,7 +97,7 @@ def test_every_choice_key_refuses_a_typo_by_name(key, plain):
 
 @pytest.mark.parametrize("key", sorted(key for key, *_ in BOUNDS))
 def test_every_bound_refuses_by_name(key, plain):
-    value = {"optim.betas": [2.0], "model.latent": [0]}.get(key, -1)
+    value = {"optim.betas": [2.0], "model.latent": [0], "trajectory.window": [0]}.get(key, -1)
     command = next(c for c, schema in COMMANDS.items() if key in all_keys(schema))
     base = plain if command == "train" else OmegaConf.to_container(composed(*NEEDED[command], command=command), resolve=False)
     with pytest.raises(UserError, match=rf"^{key}=\S+: it must be (at least|above|in|0|two|a share|\[channels)"):
@@ -188,6 +190,7 @@ def test_a_reference_is_refused_where_none_is_read(slug, key, value, plain, of_p
     asked = catalogue.algo_info(slug).quantities
     cfg.teacher.path = "x" if "teacher" in asked else None
     cfg.teacher.reverse = "x" if "distance" in asked.get("teacher", ()) else None
+    cfg.source.kind = "trajectories" if catalogue.algo_info(slug).stepwise else cfg.source.kind
     OmegaConf.update(cfg, f"reference.{key}", value)
     with pytest.raises(UserError) as caught:
         typed(cfg, "train", slug)
@@ -200,8 +203,9 @@ def test_a_reference_is_refused_where_none_is_read(slug, key, value, plain, of_p
 @pytest.mark.parametrize("slug", [slug for slug in ALGOS if "llm" not in catalogue.modalities(catalogue.algo_info(slug))])
 def test_what_is_about_pictures_is_refused_on_texts(slug):
     """By its settings per latent dim; by what it is where these were overridden."""
-    with pytest.raises(UserError, match="makes no pictures; choose model=tiny-diffusion or another"):
-        typed(composed(f"algo={slug}"), "train", slug)
+    if not catalogue.algo_info(slug).stepwise:
+        with pytest.raises(UserError, match="makes no pictures; choose model=tiny-diffusion or another"):
+            typed(composed(f"algo={slug}"), "train", slug)
     if catalogue.algo_info(slug).pictures:
         numbers = [f"algo.{key}=0.1" for key, value in catalogue.algo_settings(slug).items() if per_mean(value) is not None]
         with pytest.raises(UserError, match="is about the denoising errors of pictures, and model=tiny-lm makes none; choose model="):
