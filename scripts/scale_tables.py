@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,6 @@ def write_between(page: Path, mark: str, text: str) -> None:
 
 
 def main() -> None:
-    import tempfile
-
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         out = {"torch": torch.__version__, "paper": paper(), "checked": checked(Path(folder))}

@@ -23,9 +23,11 @@ def read(status: dict) -> tuple[list[str], list[list[float]], list[int]]:
 
 def add(group: Group, status: dict) -> None:
     """The picture, with a sentence about each straggler."""
+    if not status.get("times"):  # a run that ended before its first steps, or of an earlier version
+        return
     parts, ranks, named = read(status)
     if not ranks:
-        group.missing.setdefault("no times were recorded", []).append("Where a step’s time goes")
+        group.missing.setdefault("its times could not be read", []).append("Where a step’s time goes")
         return
     own = [sum(s for part, s in zip(parts, row, strict=True) if part not in WAITED) for row in ranks]
     order = sorted(range(len(ranks)), key=lambda r: -own[r])

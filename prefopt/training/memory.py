@@ -291,8 +291,9 @@ def memory(run: DryRun, *, device: str, layout: Layout, micros: int, frozen_copi
     if layout.stage == 0:
         kept, at_update = whole if micros > 1 else 0.0, whole + held.buckets
     else:
-        kept = held.gradients if layout.stage > 1 or micros > 1 else 0.0
-        at_update = NUMBER * run.trainable / layout.world if layout.offload == "none" else 0.0
+        at_update = whole / layout.world if layout.offload == "none" else 0.0
+        # With one micro-batch stage 1 sends gradients as they come, too, and keeps its part.
+        kept = held.gradients if layout.stage > 1 or micros > 1 else at_update
     slack = SLACK[device] * (run.activations + working + kept)
     moments = {
         "a backward pass": base + held.buckets + kept + held.gathered + run.activations + working + slack,
