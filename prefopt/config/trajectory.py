@@ -43,7 +43,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("trajectory.steps", "x >= 2", "at least 2"),
     ("trajectory.noise", "x > 0", "above 0: steps without noise have no log-prob"),
     ("trajectory.guidance", "x is None or x >= 0", "0 or more, or null"),
-    ("trajectory.window", "x is None or len(x) == 2", "two numbers, or null: the first step and the first beyond, from the noise"),
+    ("trajectory.window", "x is None or len(x) == 2", "two numbers or null: first step and first step beyond, from the noise on"),
     ("trajectory.window_size", "x is None or x >= 1", "at least 1, or null"),
     ("trajectory.buffer", "x >= 1", "at least 1"),
     ("trajectory.min_count", "x >= 2", "at least 2"),
