@@ -499,3 +499,11 @@ def test_data_check_shows_what_transforms_did(tmp_path):
     assert any(line.startswith("transform score not applied, nor are those after it") for line in lines)
     assert "margin" not in next(line for line in lines if line.startswith("example 1:"))
     assert any(line.startswith(f"example 1: {tmp_path}/train.jsonl row 1 (pair, stage 2)") for line in lines)
+
+
+def test_experts_are_the_pairs_whose_chosen_sides_score_highest():
+    rows = [pair(i, (i, 0)) for i in (4, 9, 2, 7)]
+    made = run(rows, {"experts": {"share": 0.5}})
+    assert [e.completions[0].score for e in made.examples] == [9, 7], "in the order of the data"
+    assert made.transforms[0]["changed"] == {"left out, for others score higher": 2}
+    assert "needs a score of both replies" in refused([pair()], {"experts": {}})
