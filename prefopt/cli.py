@@ -153,6 +153,8 @@ def guarded(work: Callable[[], Any], say: Callable[[str, int], None] = _print) -
             return 0
         if error.errno in (errno.EACCES, errno.EROFS):
             return _say(f"{error.filename}: cannot be written here ({error.strerror}); choose another hydra.run.dir", 2, say)
+        if error.errno == errno.ENAMETOOLONG:
+            return _say(f"{str(error.filename)[:60]}... is too long for the name of a file; give a shorter one", 2, say)
         raise
     except SystemExit as end:  # Hydra after --help and --info, a worker with its own exit code
         return end.code if isinstance(end.code, int) else int(end.code is not None)

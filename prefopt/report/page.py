@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def _environment() -> Any:
 
 def write_page(path: Path, html: str) -> Path:
     """Writes the page under a temporary name in the same folder and renames it, so that no reader sees half of it."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.part")
     try:
         draft.write_bytes(html.encode("utf-8", "replace"))  # samples may hold half a surrogate pair
         draft.replace(path)

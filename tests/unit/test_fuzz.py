@@ -108,6 +108,8 @@ def nothing_runs(monkeypatch):
 @cases(120)
 @given(line=words())
 @example(line=["train", "seed=" + "9" * 5000])
+@example(line=["compare", "x" * 300])
+@example(line=["train", "data=jsonl", "data.path=" + "x" * 300])
 def test_command_lines(line, tmp_path, nothing_runs, capsys):
     home = tmp_path / "here"
     shutil.rmtree(home, ignore_errors=True)
