@@ -38,8 +38,7 @@ CASES = {
     "online_dpo": ["algo=online_dpo", "source.epochs=2", *SHORT_REPLIES, "train.steps=6", "train.eval_every=3", "train.save_every=1"],
 }
 # What a row says of the machine, or of the steps and evaluations since the last start.
-MEASURED = {"seconds", "rows_per_second", "tokens_per_second", "useful_mfu", "hardware_mfu", "peak_memory", "padding", "rollout/seconds",
-            "reference_ranking_accuracy", "reference_ranking_accuracy_per_token"}
+MEASURED = {"seconds", "rows_per_second", "tokens_per_second", "useful_mfu", "hardware_mfu", "peak_memory", "padding", "rollout/seconds"}
 TOLERANCE = 2e-5  # of a weight, between two processes that are killed and two that are not
 PATIENCE = 120.0  # seconds for a run of seconds: what takes longer hangs
 

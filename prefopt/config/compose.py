@@ -30,8 +30,7 @@ from prefopt.errors import UserError, nearest
 
 
 def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
-    """The dataclass of `command` filled from `cfg`. Unknown keys, wrong types, values out of range and combinations that cannot work
-    raise `UserError`."""
+    """The dataclass of `command` filled from `cfg`. Raises `UserError` for unknown keys, wrong values, combinations that cannot work."""
     given = OmegaConf.to_container(cfg, resolve=False)
     given.pop("hydra", None)
     schema = COMMANDS[command]

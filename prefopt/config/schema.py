@@ -495,7 +495,6 @@ def all_keys(schema: type, prefix: str = "") -> list[str]:
     """Full names of all keys of a dataclass tree."""
     out = []
     for f in fields(schema):
-        out.append(prefix + f.name)
-        if block := nested(f):
-            out += all_keys(block, f"{prefix}{f.name}.")
+        block = nested(f)
+        out += [prefix + f.name, *(all_keys(block, f"{prefix}{f.name}.") if block else ())]
     return out

@@ -73,8 +73,16 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     best = (snapshot.state.get("best") or {}).get("step")
     for old in steps(folder)[:-keep]:
         if old.name != f"step-{best or 0:06d}":
-            shutil.rmtree(old)
+            gone = old.with_name(f".{old.name}.part")  # a kill in the middle of this must not leave what looks like a checkpoint
+            old.rename(gone)
+            shutil.rmtree(gone)
     return target
+
+
+def clear(folder: Path) -> None:
+    """Takes away what a kill has left of checkpoints that were being written or removed. For the run itself: others may be reading."""
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part)
 
 
 class Writer:

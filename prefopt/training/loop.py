@@ -111,6 +111,7 @@ class Log:
             self.best = state.get("best")
         if run.main:
             self.trackers = make_trackers(run, step)
+            checkpoint.clear(run.folder / "checkpoints")
             # Rows beyond the checkpoint will be made again; a fresh start leaves none.
             self.metrics.truncate_after(step if step else -1)
             self.samples.truncate_after(step if step else -1)
@@ -120,6 +121,7 @@ class Log:
             first = [s for s in read_jsonl(run.folder / "samples.jsonl") if s["step"] == 0]
             if first and (run.judge.rewards or "image" in first[0]):
                 run.judge.baseline = {s["id"]: self.with_image(s) for s in first}
+            run.judge.reference_judged = self.evaluated(0)  # it is judged once
         self.progress = Progress(run.total_steps, step, run.main, run.unit)
         self.began = time.monotonic()
         self.status("running", step)
@@ -175,9 +177,9 @@ class Log:
             raise UserError(f"train.keep_best={wanted} is no measure of this run's evaluations{nearest(wanted.removeprefix('-'), row)}; "
                             f"there are {', '.join(sorted(row))}")
         if self.run.main:
-            self.write(self.last)
             for sample in samples:
                 self.samples.log(self.with_file(sample))
+            self.write(self.last)  # after its samples: `evaluated` goes by it
             self.warn(step)
             table = sample_table(self.run.folder) if self.trackers and samples else []
             images = [(row["prompt"], row["after"]) for row in table if isinstance(row["after"], Path)]
