@@ -29,7 +29,7 @@ def check_rounds(cfg: Any, info: ObjectiveInfo) -> None:
         for key, usual in ROUNDS_ONLY.items():
             if (value := getattr(source, key)) != usual:
                 raise UserError(f"source.{key}={value} is for pairs made of rounds; leave it out, or use source=rounds")
-        if source.kind == "rollout" and source.samples < 2:
+        if source.kind in ("rollout", "trajectories") and source.samples < 2:
             raise UserError(f"source.samples={source.samples}: {ALONE}; set source.samples=8, say")
         return
     check_picture_rounds(cfg, info)

@@ -227,12 +227,14 @@ def test_yaml_text_equals_omegaconf(group, name):
     path = catalogue.conf_dir() / group / f"{name}.yaml"
     loaded = OmegaConf.to_container(OmegaConf.load(path)) or {}
     assert catalogue.load_yaml(group, name) == loaded
-    for key, line in catalogue.key_lines(path).items():
+    for line_key, line in catalogue.key_lines(path).items():
         assert "#" not in line.value
+        key = line_key
         node = loaded
-        for part in key.split("."):
-            node = node[part]
-        if line.value and key != "defaults":
+        while key:  # names of swept keys have dots in them
+            part = next(name for name in node if key == name or key.startswith(f"{name}."))
+            node, key = node[part], key[len(part) + 1 :]
+        if line.value and line_key != "defaults":
             assert OmegaConf.to_container(OmegaConf.create(f"x: {line.value}"))["x"] == node
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from prefopt.config.catalogue import groups
+from prefopt.config.catalogue import algo_info, groups
 from prefopt.config.schema import OptimConfig
 from prefopt.data.batch import Row
 from prefopt.data.tokenise import Branch, Tokens
@@ -28,6 +28,8 @@ from tests.extra_samples import row_with_extra
 from tests.toy_runs import fresh_accelerator, gradients
 
 VOCABULARY = 13
+
+OF_SEQUENCES = [slug for slug in groups()["algo"] if not algo_info(slug).stepwise]  # transitions: test_trajectories
 
 
 class TinyPolicy(nn.Module):
@@ -119,7 +121,7 @@ def objective_named(slug: str):
     return make_objective({**load_yaml("algo", slug)})
 
 
-@pytest.mark.parametrize("slug", groups()["algo"])
+@pytest.mark.parametrize("slug", OF_SEQUENCES)
 def test_gradient_is_the_same_for_1x8_and_8x1(slug):
     objective = objective_named(slug)
     rows = rows_for(objective, 8)
@@ -136,7 +138,7 @@ def test_gradient_is_the_same_for_1x8_and_8x1(slug):
         assert whole[name].abs().max() > 0
 
 
-@pytest.mark.parametrize("slug", groups()["algo"])
+@pytest.mark.parametrize("slug", OF_SEQUENCES)
 def test_step_gradient_equals_autograd_of_the_whole_loss(slug):
     """The engine (two-pass replay included) against one plain backward over everything at once."""
     from prefopt.objectives.base import reduce_terms, total_weights

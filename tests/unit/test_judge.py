@@ -37,7 +37,7 @@ def judge_of(engine, rows, budget=10**6, view=None, **settings) -> Judge:
 
 def offline_algorithms() -> list[str]:
     made = {slug: objective_named(slug) for slug in groups()["algo"]}
-    return [slug for slug, o in made.items() if o.view != "groups" and "reward" not in o.quantities["policy"]]
+    return [slug for slug, o in made.items() if o.view != "groups" and not {"reward", "step_logp"} & set(o.quantities["policy"])]
 
 
 def by_hand(policy, row: Row) -> list[tuple[float, int]]:

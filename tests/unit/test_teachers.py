@@ -206,7 +206,7 @@ def test_a_guides_log_probs_are_stored_like_a_references(tmp_path, capsys, monke
     assert "teacher_store" in ours and "teacher_store" not in theirs
     identities = [ours[name]["identity"] for name in ("store", "teacher_store")]
     assert identities[0]["weights"] != identities[1]["weights"]
-    assert sorted(p.name for p in (tmp_path / "store" / "reference").iterdir()) == sorted({
+    assert sorted(p.name for p in (tmp_path / "store" / "reference").iterdir() if p.is_dir()) == sorted({
         *map(digest_of, identities), digest_of(json.loads((guide / "manifest.json").read_text())["store"]["identity"])})
     for a, b in zip(*(read_jsonl(run / "metrics.jsonl") for run in (live, stored)), strict=True):
         for name in ("loss", "grad_norm", "guide/chosen", "reward/margin"):

@@ -150,7 +150,7 @@ def test_a_run_is_what_the_command_line_would_have_made_of_it(tmp_path, tiny_lm,
     found = zoo.attempt(job, tmp_path)
     words = [f"{k}={v}" for k, v in common.items()]
     assert train(tmp_path / "run", *words, "algo=ipo", "data.label_noise=0.3", "optim.lr=1e-3", "algo.tau=0.5", "seed=4") == 0
-    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    row = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["split"] == "eval"][-1]
     assert "error" not in found and len(found["true_reward"]) == 6
     for name, places in zoo.KEPT.items():
         assert fmean(found[name]) == pytest.approx(row[name], abs=10**-places), name
