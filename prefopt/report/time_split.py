@@ -59,7 +59,7 @@ def _bars(parts: list[str], ranks: list[list[Any]], shown: list[int]) -> str:
         for colour, (part, seconds) in enumerate(zip(parts, ranks[rank], strict=True), 1):
             if seconds > 0:
                 said = escape(f"{name}, {part}: {number(1000 * seconds)} ms")
-                out.append(f'<path class="stack c{colour}" d="M{x:.1f} {y:.1f}h{scale * seconds:.2f}"><title>{said}</title></path>')
+                out.append(f'<g><title>{said}</title><path class="stack c{colour}" d="M{x:.1f} {y:.1f}h{scale * seconds:.2f}"/></g>')
             x += scale * max(seconds, 0.0)
     for value in ticks(0.0, 1000 * longest):
         x = left + scale * value / 1000

@@ -80,8 +80,11 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Takes away what a kill has left of checkpoints that were being written or removed. For the run itself: others may be reading."""
+    """Takes away what a kill has left, in a run's folder, of files and checkpoints that were being written or removed. For the run itself:
+    others may be reading."""
     for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+    for part in (folder / "checkpoints").glob(".*.part"):
         shutil.rmtree(part)
 
 

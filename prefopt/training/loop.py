@@ -111,7 +111,7 @@ class Log:
             self.best = state.get("best")
         if run.main:
             self.trackers = make_trackers(run, step)
-            checkpoint.clear(run.folder / "checkpoints")
+            checkpoint.clear(run.folder)
             # Rows beyond the checkpoint will be made again; a fresh start leaves none.
             self.metrics.truncate_after(step if step else -1)
             self.samples.truncate_after(step if step else -1)
@@ -234,9 +234,10 @@ class Log:
         self.speed.restart()
 
     def written(self) -> None:
-        """Waits for a checkpoint that is being written, and logs its size and its time."""
+        """Waits for a checkpoint that is being written, and logs its size and its time (checkpoints/log.jsonl)."""
         if self.run.main and (done := self.writer.wait()):
-            self.metrics.log({"seconds": self.seconds, "split": "checkpoint", **done, "waited_seconds": self.waited})
+            with open(self.run.folder / "checkpoints" / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps({**done, "waited_seconds": self.waited}) + "\n")
 
     def best_of(self, step: int) -> dict[str, Any] | None:
         """The evaluation so far with the best `train.keep_best`, whose checkpoint is kept: measure, value and step."""

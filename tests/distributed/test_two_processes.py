@@ -55,7 +55,8 @@ def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):
 
 @pytest.mark.parametrize("algo", ["dpo", "kto", "grpo"])
 def test_a_run_on_two_processes_ends_where_one_process_ends(algo, tmp_path, tiny_lm):
-    common = ["-m", "prefopt.cli", "train", f"algo={algo}", "debug=fast", "evaluation.prompts=8"]
+    # Adam divides by the root of what may be a very small number, which would magnify the rounding of a gradient that is nearly 0.
+    common = ["-m", "prefopt.cli", "train", f"algo={algo}", "debug=fast", "evaluation.prompts=8", "optim.eps=1e-6"]
     if algo == "grpo":  # two rounds of two steps, sampled in chunks that the processes share
         common += ["source.prompts=4", "source.samples=4", "source.epochs=2", "sampler.batch_size=8", "sampler.max_new_tokens=24"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

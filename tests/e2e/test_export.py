@@ -65,7 +65,7 @@ def test_the_best_checkpoint_is_kept_and_exported(run, tmp_path):
 
 
 def test_checkpoints_are_logged_with_their_size_and_time(run):
-    rows = [r for r in read_jsonl(run / "metrics.jsonl") if r["split"] == "checkpoint"]
+    rows = read_jsonl(run / "checkpoints" / "log.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     newest = checkpoint.steps(run / "checkpoints")[-1]
     assert rows[-1]["bytes"] == sum(f.stat().st_size for f in newest.iterdir())
