@@ -1,6 +1,7 @@
 """Published configs of a few large models, so that `prefopt plan` can be asked about them where the hub is out of reach or gated.
 
-Copied from the config.json files of the repositories that are named. Only what decides sizes and FLOPs is here; weights never are.
+What the repositories that are named publish of their models, written down by hand; tests hold the numbers of weights to the published ones.
+Only what decides sizes and FLOPs is here; weights never are.
 """
 
 from __future__ import annotations

@@ -110,13 +110,16 @@ def same(ours, theirs, files=("weights", "optimizer")) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
-def test_two_processes_under_zero_end_where_one_process_ends(number, runs):
+def test_trap_13_two_processes_under_zero_end_where_one_process_ends(number, runs):
+    """With what the policy and its reference, stored or asked live, say of the rows."""
     one, two = runs / f"one-{number}", runs / f"two-{number}"
     same(one, two, ("weights", "optimizer", "ema") if "average" in list(CASES)[number] else ("weights", "optimizer"))
     mine, theirs = ([r for r in read_jsonl(folder / "metrics.jsonl") if r["split"] == "train"] for folder in (one, two))
     assert len(mine) == len(theirs) == 3
     for a, b in zip(mine, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        scores = [name for name in a if name.startswith(("logp/", "log_ratio/", "reward/"))]
+        assert scores and {n: a[n] for n in scores} == pytest.approx({n: b[n] for n in scores}, rel=1e-4, abs=1e-4)
     saved = sorted(p.relative_to(one / "model") for p in (one / "model").rglob("*.safetensors"))
     assert saved == sorted(p.relative_to(two / "model") for p in (two / "model").rglob("*.safetensors")) and saved
     for path in saved:
