@@ -184,7 +184,8 @@ def test_the_commands_of_the_documentation(capsys):
         assert main(words) == 0, line
     made = {folder.name: set(states(folder)) for folder in Path("runs").iterdir()}
     assert {name: len(board(Path("runs", name))) for name in made} == {"six": 6, "1": 3, "2": 6, "search": 3}
-    assert all(found == {"finished"} for found in made.values())
+    assert all(found == {"finished"} for name, found in made.items() if name != "search")
+    assert "finished" in made["search"] and made["search"] <= {"finished", "pruned"}  # by which of two jobs at once is ahead
 
 
 # ---- searches ----
