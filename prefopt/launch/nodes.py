@@ -195,7 +195,7 @@ def run_over_ssh(cfg: TrainConfig, words: Sequence[str]) -> int:
             time.sleep(0.2)
             if first is None and (ended := next((r for r in remotes if r.process.poll()), None)):
                 first, since = (ended.host, ended.process.returncode), time.monotonic()
-            if since and not came and time.monotonic() - since > 20:  # its processes see that one is gone, and say what they know of it
+            if since and not came and time.monotonic() - since > 60:  # its processes see that one is gone, and say what they know of it
                 for remote in remotes:
                     _tell(remote, "TERM")
                 since = float("inf")

@@ -29,7 +29,9 @@ def test_what_ended_a_rank_is_what_the_user_sees(tmp_path):
     signal_rank(tmp_path / "run", 1, signal.SIGKILL)
     code, said = end(run)
     assert code == 1
-    assert "prefopt: rank 1 was ended by SIGKILL" in said and str(tmp_path / "run/logs/rank-1.log") in said
+    # Torch elastic may have seen the end of rank 0 alone, which followed at once; then rank 1 is the one that was lost.
+    assert "prefopt: rank 1 was ended by SIGKILL" in said or "prefopt: rank 1 was lost" in said
+    assert str(tmp_path / "run/logs/rank-1.log") in said
     assert "Traceback" not in said and "Connection closed" not in said  # which rank 0 saw, and has in its log
     assert read(tmp_path / "run" / "status.json")["state"] == "failed"
 

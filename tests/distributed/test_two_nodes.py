@@ -18,7 +18,7 @@ from tests.distributed.launching import BANDIT, begin, end, program, read, recor
 from tests.toy_runs import train
 
 NODES = {"a": "10.213.7.1", "b": "10.213.7.2"}
-STEPS = 400
+STEPS = 1200  # enough that a fast machine is not done before it is lost
 
 
 def ip(*words: str) -> str:

