@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -214,6 +215,18 @@ def test_label_noise_flips_that_share_of_the_same_pairs(clean):
         assert {text(a["chosen"]), text(a["rejected"])} == {text(b["chosen"]), text(b["rejected"])}
         flipped += a["chosen"] != b["chosen"]
     assert abs(flipped / COUNT - 0.3) < 3.5 * math.sqrt(0.21 / COUNT)
+
+
+def test_label_noise_turns_that_share_of_the_rankings_round():
+    clean, noisy = (list(world.rows("train", 400, completions=4, label_noise=noise)) for noise in (0.0, 0.3))
+    turned = 0
+    for a, b in zip(clean, noisy, strict=True):
+        assert a["completions"] == b["completions"] and sorted(a["scores"]) == sorted(b["scores"])
+        if a["scores"] != b["scores"]:
+            turned += 1
+            both = list(zip(a["scores"], b["scores"], strict=True))
+            assert all(new <= newer for (old, new), (older, newer) in itertools.permutations(both, 2) if old > older)
+    assert abs(turned / 400 - 0.3) < 3.5 * math.sqrt(0.21 / 400)
 
 
 def test_length_bias_prefers_longer_replies_at_the_cost_of_true_reward(clean):
