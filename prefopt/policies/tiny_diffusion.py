@@ -51,7 +51,16 @@ NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_st
 TRAINING = {
     "epsilon": {"steps": 1300, "batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "dropout": 0.1, "most_weight": 25.0},
     "v": {"steps": 1300, "batch_size": 32, "lr": 2e-3, "warmup_steps": 50, "dropout": 0.1},
-    "flow": {"steps": 1600, "batch_size": 32, "lr": 3e-3, "warmup_steps": 50, "dropout": 0.1, "shift": 3.0, "many_from": 1200},
+    "flow": {
+        "steps": 1300,
+        "batch_size": 32,
+        "lr": 3e-3,
+        "muon_lr": 1e-2,
+        "warmup_steps": 50,
+        "dropout": 0.1,
+        "shift": 3.0,
+        "many_from": 1000,
+    },
 }
 _ZEROS = 256  # how many embeddings of its T5 diffusers puts behind a caption
 

@@ -124,27 +124,42 @@ def _quiet() -> Iterator[None]:
 
 
 def train(name: str, model: torch.nn.Module, settings: dict, loss: Callable[[int], Tensor], progress: bool) -> float:
-    """Minimises `loss(step)`: AdamW, a linear warm-up, a cosine down to nothing. Returns the mean loss of the last 20 steps."""
+    """Minimises `loss(step)`: a linear warm-up, a cosine down to nothing. Returns the mean loss of the last 20 steps."""
     import torch
     from tqdm import tqdm
 
     steps, warmup = settings["steps"], settings["warmup_steps"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizers = _optimizers(model, settings)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     losses = []
     often = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then, not a bar
     bar = tqdm(range(steps), name, file=sys.stderr, disable=not progress, mininterval=often)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
+        for group, peak in groups:
+            group["lr"] = peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        model.zero_grad()
         value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(value.item())
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
     model.eval().requires_grad_(False)
     return sum(losses[-20:]) / len(losses[-20:])
+
+
+def _optimizers(model: torch.nn.Module, settings: dict) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights; settings with a `muon_lr` have Muon for the matrices of a transformer's blocks, without those of its adaLN."""
+    import torch
+
+    from prefopt.policies.muon import Muon
+
+    weights = dict(model.named_parameters())
+    inner = [name for name, w in weights.items() if name.startswith("transformer_blocks.") and w.ndim == 2 and "norm" not in name]
+    matrices = [weights.pop(name) for name in inner if "muon_lr" in settings]
+    adamw = torch.optim.AdamW(weights.values(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return [adamw, Muon(matrices, settings["muon_lr"])] if matrices else [adamw]
 
 
 def batches(count: int, size: int, steps: int) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefopt.data import tiny_pictures as world
-from prefopt.policies import tiny_diffusion, tiny_parts
+from prefopt.policies import muon, tiny_diffusion, tiny_parts
 
 
 def test_one_token_for_many_equal_ones_is_the_same_function():
@@ -51,3 +51,36 @@ def test_the_t5_of_the_flow_pipeline_is_silent_and_can_be_cut_to_one_token():
         tokens = tokenizer(world.captions("eval")[:3], **options).input_ids
         assert tokens.shape == (3, length) and tokenizer.unk_token_id not in tokens
         assert torch.equal(encoder(tokens)[0], torch.zeros(3, length, 16))
+
+
+def test_muon_steps_as_torchs_does_but_for_rounding():
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((6, 16), (16, 6), (6, 16))]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    mine = muon.Muon(ours, lr=0.05)
+    torchs = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        mine.step()
+        torchs.step()
+    for a, b, w in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.03 * (b - w).norm()  # torch multiplies in bf16
+
+
+def test_training_with_muon_leaves_no_weight_behind():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.Linear(4, 4), "out": torch.nn.Linear(4, 4)})
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    x = torch.randn(32, 4)
+
+    def loss(_: int):
+        return (model["out"](model["transformer_blocks"](x)) - x).square().mean()
+
+    settings = {"steps": 60, "warmup_steps": 5, "lr": 0.1, "muon_lr": 0.1}
+    kinds = tiny_parts._optimizers(model, settings)
+    assert [sum(len(group["params"]) for group in kind.param_groups) for kind in kinds] == [3, 1] and isinstance(kinds[1], muon.Muon)
+    first = loss(0).item()
+    assert tiny_parts.train("test", model, settings, loss, progress=False) < 0.2 * first
+    assert all(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
