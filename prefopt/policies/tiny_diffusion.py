@@ -55,7 +55,7 @@ TRAINING = {
         "steps": 1300,
         "batch_size": 32,
         "lr": 3e-3,
-        "muon_lr": 1e-2,
+        "muon_lr": 1e-2,  # of the blocks' matrices; with AdamW alone prompt match ends at 0.55
         "warmup_steps": 50,
         "dropout": 0.1,
         "shift": 3.0,
