@@ -4,7 +4,8 @@ Both sides start from the same random weights, draw pictures for the same captio
 by Flow-GRPO's objective (arXiv 2505.05470) on DDIM's steps, in the same precision, with the same batches, AdamW and number of threads. The
 sides take turns, each in a process of its own. Log-probs, ratios, KLs and losses of the first round's steps must agree, and so must the
 rewards of that round and of the next, or nothing is written; from there on AdamW, whose first updates know only the sign of a gradient,
-turns what is rounded differently into other weights. Results go into docs/bench-diffusion-rollout.json (gpu: -rollout-gpu.json) and docs/performance.md.
+turns what is rounded differently into other weights. Results go into docs/bench-diffusion-rollout.json (gpu: -rollout-gpu.json) and
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from bench_report import DOCS, render
 
 # The largest difference in fp32 and in bf16, relative to the value but to no less than the third number. Ratios are measured by the clip; a
 # loss is a small difference of large advantages.
-COMPARED = {"reward": (1e-4, 1e-2, 1.0), "logp": (1e-5, 2e-2, 1.0), "ratio": (1e-2, 1.0, 1e-4), "kl": (1e-2, 1.0, 1e-5), "loss": (1e-2, 1.0, 1e-4)}
+COMPARED = {"reward": (1e-4, 1e-2, 1.0), "logp": (1e-5, 2e-2, 1.0), "ratio": (1e-2, 1.0, 1e-4), "kl": (1e-2, 1.0, 1e-5),
+            "loss": (1e-2, 1.0, 1e-4)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Cell:
 
 
 CELLS = {
-    "cpu": (Cell("lora", "SD1.5's architecture at half its widths, 128 pixels, LoRA", "sd15-half", 128, True, 2, 4, 1, 8, 4, 5, 3),),
+    "cpu": (Cell("lora", "SD1.5's architecture at 0.3 times its widths, 128 pixels, LoRA", "sd15-third", 128, True, 2, 4, 1, 8, 4, 5, 3),),
     "gpu": (Cell("lora", "SD1.5, 512 pixels, LoRA", "sd15", 512, True, 8, 8, 4, 16, 16, 10, 4),),
 }
 
@@ -88,14 +90,16 @@ def measured(out: dict[str, Any], cell: Cell) -> dict[str, Any]:
 
 
 def check_equal(name: str, ours: dict[str, Any], theirs: dict[str, Any], precision: str, first: int) -> dict[str, float]:
-    """The largest difference of each of `COMPARED`, over the `first` steps and the rewards of two rounds. Raises `SystemExit` where the sides draw or train something else."""
+    """The largest difference of each of `COMPARED`, over the `first` steps and the rewards of two rounds. Raises `SystemExit` where the
+    sides draw or train something else."""
     largest = dict.fromkeys(COMPARED, 0.0)
 
     def compare(what: str, where: str, a: float, b: float) -> None:
         *allowed, scale = COMPARED[what]
         gap = abs(a - b) / max(abs(a), abs(b), scale)
         if not gap <= allowed[precision == "bf16"]:
-            raise SystemExit(f"{name}: {what} {where} is {a:.6g} and {b:.6g}: the sides do not train the same, so their times do not compare")
+            raise SystemExit(f"{name}: {what} {where} is {a:.6g} and {b:.6g}: the sides do not train the same, so their times do not "
+                             "compare")
         largest[what] = max(largest[what], gap)
 
     for number, sides in enumerate(zip(ours["rewards"][:2], theirs["rewards"][:2], strict=True), 1):
@@ -140,8 +144,8 @@ def main() -> None:
     parser.add_argument("mode", nargs="?", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a few thousand weights and two rounds: to see that it runs; nothing is written "
-                                                            "unless --out is given")
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights and two rounds: to see that it runs; nothing is "
+                                                            "written unless --out is given")
     parser.add_argument("--work", type=Path, help="folder for models and runs; a temporary one by default")
     parser.add_argument("--out", type=Path, help="JSON file; docs/bench-diffusion-rollout.json by default")
     args = parser.parse_args()
