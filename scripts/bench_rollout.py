@@ -41,7 +41,6 @@ class Cell:
     what: str
     shape: str
     resolution: int
-    lora: bool
     prompts: int
     samples: int
     step_prompts: int
@@ -59,8 +58,8 @@ class Cell:
 
 
 CELLS = {
-    "cpu": (Cell("lora", "SD1.5's architecture at 0.3 times its widths, 128 pixels, LoRA", "sd15-third", 128, True, 2, 4, 1, 8, 4, 5, 3),),
-    "gpu": (Cell("lora", "SD1.5, 512 pixels, LoRA", "sd15", 512, True, 8, 8, 4, 16, 16, 10, 4),),
+    "cpu": (Cell("lora", "SD1.5's architecture at 0.3 times its widths, 128 pixels, LoRA", "sd15-third", 128, 2, 4, 1, 8, 4, 5, 3),),
+    "gpu": (Cell("lora", "SD1.5, 512 pixels, LoRA", "sd15", 512, 8, 8, 4, 16, 16, 10, 4),),
 }
 
 

@@ -52,13 +52,13 @@ def brightness(image: Any) -> float:
 def words(job: dict[str, Any]) -> list[str]:
     """The command line of `prefopt train`."""
     return [
-        f"hydra.run.dir={job['work']}/run-{os.getpid()}", "algo=flow_grpo", f"adapter={'lora' if job['lora'] else 'null'}", "model=sd15",
-        f"model.path={job['model']}", f"model.resolution={job['resolution']}",
+        f"hydra.run.dir={job['work']}/run-{os.getpid()}", "algo=flow_grpo", f"algo.beta={job['beta']}",
+        "model=sd15", f"model.path={job['model']}", f"model.resolution={job['resolution']}",
         f"model.gradient_checkpointing={str(job['checkpointing']).lower()}", f"model.guidance={job['guidance']}",
         "reward=brisque",  # replaced by that of both sides
         "data=pictures", f"data.path={job['rows']}", "data.eval_fraction=0", f"seed={SEED}",
         f"source.prompts={job['prompts']}", f"source.samples={job['samples']}", f"sampler.batch_size={job['drawn_at_once']}",
-        f"trajectory.steps={job['sampling_steps']}", "trajectory.noise=1.0", "trajectory.window_size=null", f"algo.beta={job['beta']}",
+        f"trajectory.steps={job['sampling_steps']}", "trajectory.noise=1.0", "trajectory.window_size=null",
         f"hardware={'1xgpu' if job['cuda'] else 'cpu'}", f"hardware.threads={job['threads']}", f"hardware.precision={job['precision']}",
         f"train.batch_size={job['step_prompts']}", f"train.micro_batch_tokens={job['micro']}",
         f"train.steps={job['rounds'] * job['prompts'] // job['step_prompts']}",
@@ -147,10 +147,9 @@ def baseline(job: dict[str, Any], clock: Rollouts) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     reference = frozen(diffusers.UNet2DConditionModel, "unet")
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    if job["lora"]:
-        unet.requires_grad_(False).to(half)
-        torch.manual_seed(SEED)
-        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+    unet.requires_grad_(False).to(half)
+    torch.manual_seed(SEED)
+    unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
     trained = [p for p in unet.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()

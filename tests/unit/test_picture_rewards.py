@@ -46,14 +46,14 @@ def test_held_out_rewards_that_are_none_are_refused(asked, said):
 
 
 def test_held_out_rewards_judge_samples_of_pictures():
-    def check(pictures, prompts):
+    def check(shown, prompts):
         check_picture_rewards(SimpleNamespace(reward=RewardConfig(), evaluation=EvaluationConfig(prompts=prompts, rewards=["clip:a/b"]),
-                                              data=SimpleNamespace(pictures=pictures, name="mine")))
+                                              data=SimpleNamespace(pictures=shown, name="mine")))
 
     check(True, 4)
-    for pictures, prompts, said in ((False, 4, "data=mine holds texts"), (True, 0, "evaluation.prompts=0 asks for none")):
+    for shown, prompts, said in ((False, 4, "data=mine holds texts"), (True, 0, "evaluation.prompts=0 asks for none")):
         with pytest.raises(UserError, match=said):
-            check(pictures, prompts)
+            check(shown, prompts)
 
 
 def test_the_known_reward_of_a_world_of_pictures():

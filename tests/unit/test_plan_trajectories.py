@@ -26,7 +26,7 @@ SMALL = ["model.resolution=16", "model.latent=[4,2]", "model.gradient_checkpoint
 # family, words, transitions of a step; forward passes for each picture of a round
 SETTINGS = {
     "groups": ("sd3", ["algo=flow_grpo", "model.guidance=2.5"], 2 * 3 * 4, 2 * 4),
-    "both branches": ("sd15", ["algo=ddpo", "model.guidance=2.5", "adapter=null"], 2 * 3 * 3, 2 * 4),
+    "both branches": ("sd15", ["algo=ddpo", "model.guidance=2.5", "~adapter"], 2 * 3 * 3, 2 * 4),
     "candidates": ("sd15", ["algo=spo_diffusion", "model.guidance=1", "trajectory.window=[1,3]", "trajectory.candidates=2",
                             "trajectory.threshold=0", "trajectory.scorer=reward"], 2 * 3 * 2 * 2, 4 + 2 * 2),
 }  # fmt: skip
