@@ -207,9 +207,9 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
         draws = max([draws, *(int(m.trained.sum()) for mine in ranks for m in mine)])
         micros = max([micros, *(len(mine) for mine in ranks)])
     run, unknown = dry_run(scene.folder, cfg, draws)
-    if guided:  # two predictions make one, whose graphs are held together where both have one
+    if guided:  # two predictions make one, of one call unless only one of them has a graph
         both = dry_run(scene.folder, cfg, 2 * draws)[0]
-        run = replace(both, scoring=run.scoring) if guided == 2 else replace(run, working=max(run.working, run.scoring))
+        run = both if guided == 2 else replace(run, scoring=both.scoring)
     layout = layout_of(cfg.hardware, plan.zero_settings(cfg))
     needs = _needs(cfg, scene, run, device.type, reference, micros, layout)
     sent = traffic(layout, run.weights, run.parameters, run.trainable, micros, plan.passes(kind, reference))

@@ -58,8 +58,8 @@ class Rounds:
 
     @property
     def at_once(self) -> int:
-        """Latents that are called on together while a round is drawn."""
-        return min(self.cfg.sampler.batch_size, self.pictures) * (self.cfg.trajectory.candidates or 1)
+        """Predictions of one call while a round is drawn."""
+        return (1 + self.guidance.on) * min(self.cfg.sampler.batch_size, self.pictures) * (self.cfg.trajectory.candidates or 1)
 
     @property
     def latents(self) -> int:
