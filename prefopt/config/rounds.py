@@ -96,8 +96,8 @@ def check_picture_rewards(cfg: Any) -> None:
     for number, said in enumerate(asked):
         kind, path = held_out_reward(said)
         if kind not in known:
-            raise UserError(f"evaluation.rewards: {kind} is no reward of pictures that needs no settings{nearest(kind, known)}; there are "
-                            f"{', '.join(known)}")
+            raise UserError(f"evaluation.rewards: {kind} is none of the rewards of pictures that need no settings "
+                            f"({', '.join(known)}){nearest(kind, known)}")
         if (path is None) != (kind == "brisque"):
             what = "has its weights with it, and takes no path" if path else "needs the folder or hub id of its model"
             raise UserError(f"evaluation.rewards: {said}: {kind} {what}; write {kind if path else f'{kind}:FOLDER_OR_HUB_ID'}")

@@ -101,8 +101,8 @@ def test_the_page_says_what_the_json_says(tmp_path):
     block = report.rollout_block(tmp_path, "")
     assert "| prefopt (reference: adapter off) | 2.000 | 1.000 | 0.250 | 2.00 | 3.00 |" in block
     assert "| plain loop | 2.000 | 0.800 | 0.250 | 3.00 | 5.00 |" in block
-    assert "| pictures/s with training, times the plain loop's | at least 1.15 | 1.25 | met |" in block
-    assert "| time of an optimiser step, of the plain loop's | at most 0.8 | 0.67 | met |" in block
+    assert "| pictures/s with training, times the plain loop's | at least 1.1 | 1.25 | met |" in block
+    assert "| time of an optimiser step, of the plain loop's | at most 0.85 | 0.67 | met |" in block
     write({**cell, "shares": {"faster": 1.0, "step": 0.9, "memory": 0.9}})
     assert report.rollout_block(tmp_path, "").count("not met") == 3
 

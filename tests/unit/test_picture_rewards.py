@@ -23,7 +23,7 @@ from tests.unit.test_scorers import example, pictures
     (("data=tiny-pictures", "model=tiny-diffusion", "reward=flr"), "reward=followup judges texts, and data=tiny-pictures holds pictures"),
     (("data=tiny-pictures", "model=tiny-diffusion", "reward=hpsv2"), "reward.path has no value, and reward=hpsv2 needs one"),
     (("data=tiny-pictures", "model=tiny-diffusion", "reward=brisque", "reward.path=x"), "reward.path=x is read with reward=model only"),
-    (("data=tiny-pictures", "model=tiny-diffusion", "evaluation.rewards=[clp]"), "clp is no reward of pictures that needs no settings. "),
+    (("data=tiny-pictures", "model=tiny-diffusion", "evaluation.rewards=[clp]"), "aesthetic, brisque); did you mean 'clip'?"),
 ])  # fmt: skip
 def test_rewards_that_do_not_fit_the_data_are_refused_at_composition(overrides, said):
     assert said in refusal(*overrides)
@@ -31,7 +31,7 @@ def test_rewards_that_do_not_fit_the_data_are_refused_at_composition(overrides, 
 
 HELD_OUT = {  # what is asked for beside reward=brisque, and what is said
     "clip": "clip needs the folder or hub id of its model; write clip:FOLDER_OR_HUB_ID",
-    "harmonic:x": "harmonic is no reward of pictures that needs no settings",
+    "harmonic:x": "harmonic is none of the rewards of pictures that need no settings",
     "brisque": "brisque is there already as reward=brisque; leave it out", "brisque:x": "takes no path; write brisque",
     "clip:a clip:b": "clip is there already; leave it out",
 }
