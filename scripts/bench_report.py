@@ -240,7 +240,10 @@ def rollout_block(docs: Path, end: str) -> str:
     if not path.is_file():
         return f"It has not been run yet: `make bench-diffusion-rollout{end}`."
     result = json.loads(path.read_text(encoding="utf-8"))
-    out = [about(result)]
+    out, load = [about(result)], result["environment"]["load_before"]
+    if load > 1:
+        out.append(f"The machine was busy with other work (a load of {load:.0f} when it began), so these times are rough: drawing takes both "
+                   "sides the same number of passes.")
     for cell in result["cells"]:
         gaps = ", ".join(f"{what} {gap:.0e}" for what, gap in cell["largest_difference"].items())
         out.append(f"**{cell['name']}**: {cell['what']}, guidance {cell['guidance']:g}; a round of {cell['prompts']} prompts with "

@@ -92,9 +92,9 @@ def test_the_page_says_what_the_json_says(tmp_path):
     assert made.turns == ["make", "prefopt", "baseline", "baseline", "prefopt"]
     assert cell["shares"] == {"faster": pytest.approx(1.25), "step": pytest.approx(2 / 3), "memory": pytest.approx(0.6)}
 
-    def write(cell):
-        (tmp_path / "bench-diffusion-rollout.json").write_text(json.dumps({"environment": bench.environment(made), "repeats": 2,
-                                                                           "cells": [cell]}))
+    def write(cell, load=0.2):
+        found = {"environment": {**bench.environment(made), "load_before": load}, "repeats": 2, "cells": [cell]}
+        (tmp_path / "bench-diffusion-rollout.json").write_text(json.dumps(found))
 
     assert "make bench-diffusion-rollout-gpu" in report.rollout_block(tmp_path, "-gpu")
     write(cell)
@@ -103,7 +103,9 @@ def test_the_page_says_what_the_json_says(tmp_path):
     assert "| plain loop | 2.000 | 0.800 | 0.250 | 3.00 | 5.00 |" in block
     assert "| pictures/s with training, times the plain loop's | at least 1.1 | 1.25 | met |" in block
     assert "| time of an optimiser step, of the plain loop's | at most 0.85 | 0.67 | met |" in block
-    write({**cell, "shares": {"faster": 1.0, "step": 0.9, "memory": 0.9}})
+    assert "busy" not in block
+    write({**cell, "shares": {"faster": 1.0, "step": 0.9, "memory": 0.9}}, load=11.4)
+    assert "busy with other work (a load of 11 " in report.rollout_block(tmp_path, "")
     assert report.rollout_block(tmp_path, "").count("not met") == 3
 
 
