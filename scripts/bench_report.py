@@ -242,8 +242,8 @@ def rollout_block(docs: Path, end: str) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     out, load = [about(result)], result["environment"]["load_before"]
     if load > 1:
-        out.append(f"The machine was busy with other work (a load of {load:.0f} when it began), so these times are rough: drawing takes both "
-                   "sides the same number of passes.")
+        out.append(f"The machine was busy with other work (a load of {load:.0f} when it began), so these times are rough: drawing takes "
+                   "both sides the same number of passes.")
     for cell in result["cells"]:
         gaps = ", ".join(f"{what} {gap:.0e}" for what, gap in cell["largest_difference"].items())
         out.append(f"**{cell['name']}**: {cell['what']}, guidance {cell['guidance']:g}; a round of {cell['prompts']} prompts with "

@@ -41,7 +41,7 @@ def test_both_sides_draw_and_learn_the_same(sides):
     assert gaps.keys() == rollout.COMPARED.keys()
     for found in sides.values():
         first, second = found["steps"][:2]
-        assert first["kl"] == 0 and first["ratio"] < 1e-5, "the first step is on what the policy has just drawn"
+        assert first["kl"] < 1e-9 and first["ratio"] < 1e-5, "the first step is on what the policy has just drawn"
         assert second["kl"] > 1e-5 and second["ratio"] > 1e-4, "and the second on what it would no longer draw"
         assert len(found["rewards"]) == len(found["drawing"]) == 2 and len(found["steps"]) == len(found["training"]) == 4
         assert len({reward for own in found["rewards"] for reward in own}) == 8, "no picture is like another"
