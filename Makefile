@@ -1,7 +1,7 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-scale scale-tables bench-zoo bench-diffusion-cpu bench-diffusion-gpu torture fuzz clean
+.PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-scale scale-tables bench-zoo bench-diffusion-cpu bench-diffusion-gpu bench-diffusion-rollout bench-diffusion-rollout-gpu torture fuzz clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path
 	@scripts/setup.sh
@@ -33,6 +33,10 @@ bench-cpu bench-gpu bench-ablate: ## against TRL (an hour on two cores; BENCH=--
 bench-diffusion-cpu bench-diffusion-gpu: ## pictures, against the plain loop of public scripts (half an hour; BENCH=--tiny: does it run)
 	@scripts/setup.sh test
 	.venv/bin/python scripts/bench_diffusion.py $(@:bench-diffusion-%=%) $(BENCH)
+
+bench-diffusion-rollout bench-diffusion-rollout-gpu: ## pictures that teach, against the plain loop of public scripts (ten minutes; BENCH=--tiny: does it run)
+	@scripts/setup.sh test
+	.venv/bin/python scripts/bench_rollout.py $(if $(findstring gpu,$@),gpu,cpu) $(BENCH)
 
 bench-scale:          ## one process against two, ZeRO's stages side by side (some minutes; BENCH=--quick: does it run)
 	.venv/bin/python scripts/bench_scale.py $(BENCH)

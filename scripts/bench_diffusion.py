@@ -79,6 +79,7 @@ class Bench:
     device: str
     precision: str
     threads: int
+    worker: str = "bench_diffusion_worker.py"
 
     def job(self, kind: str, cell: Cell, folder: Path, **more: Any) -> Any:
         """What a process of its own has written. Raises `SystemExit` with the end of what it said where it failed."""
@@ -88,7 +89,7 @@ class Bench:
                "precision": self.precision, "model": str(self.model(cell)), "rows": str(shared / "rows.jsonl"), **more}
         (folder / "job.json").write_text(json.dumps(job))
         env = {**os.environ, "PREFOPT_STORE": str(folder / "store"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(self.threads)}
-        worker = Path(__file__).with_name("bench_diffusion_worker.py")
+        worker = Path(__file__).with_name(self.worker)
         with open(folder / "log", "w") as log:
             code = subprocess.run([sys.executable, str(worker), str(folder / "job.json")], env=env, stdout=log, stderr=log).returncode
         if code or not out.exists():

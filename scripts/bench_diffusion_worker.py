@@ -33,6 +33,7 @@ SDXL = {"cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_lin
 SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"unet": {**SD15, "block_out_channels": [320, 640, 1280, 1280]}, "vae": [128, 256, 512, 512], "text": [(768, 12, 12, 0)]},
     "sd15-half": {"unet": {**SD15, "block_out_channels": [160, 320, 640, 640]}, "vae": [64, 128, 256, 256], "text": [(768, 12, 12, 0)]},
+    "sd15-third": {"unet": {**SD15, "block_out_channels": [96, 192, 384, 384]}, "vae": [32, 64, 128, 128], "text": [(768, 12, 12, 0)]},
     "sdxl": {"unet": {**SDXL, "block_out_channels": [320, 640, 1280]}, "vae": [128, 256, 512, 512],
              "text": [(768, 12, 12, 0), (1280, 32, 20, 1280)]},
     "tiny": {"unet": {"cross_attention_dim": 32, "attention_head_dim": 4, "block_out_channels": [32, 32, 64, 64]}, "vae": [32, 32, 32, 32],

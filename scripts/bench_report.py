@@ -234,6 +234,37 @@ def pictures_block(docs: Path, where: str) -> str:
     return "\n\n".join([*out, f"All of it: [{path.name}]({path.name})."])
 
 
+def rollout_block(docs: Path, end: str) -> str:
+    """What stands between the markers of the benchmark on rollouts; `end` of its names: nothing, or -gpu."""
+    path = docs / f"bench-diffusion-rollout{end}.json"
+    if not path.is_file():
+        return f"It has not been run yet: `make bench-diffusion-rollout{end}`."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    out, load = [about(result)], result["environment"]["load_before"]
+    if load > 1:
+        out.append(f"The machine was busy with other work (a load of {load:.0f} when it began), so these times are rough: drawing takes "
+                   "both sides the same number of passes.")
+    for cell in result["cells"]:
+        gaps = ", ".join(f"{what} {gap:.0e}" for what, gap in cell["largest_difference"].items())
+        out.append(f"**{cell['name']}**: {cell['what']}, guidance {cell['guidance']:g}; a round of {cell['prompts']} prompts with "
+                   f"{cell['samples']} pictures each, {cell['drawn_at_once']} at once, in {cell['sampling_steps']} steps, and "
+                   f"{cell['prompts'] // cell['step_prompts']} optimiser steps of {cell['samples'] * cell['step_prompts']} pictures, "
+                   f"{cell['micro']} transitions at once{', gradient checkpointing' * cell['checkpointing']}; {result['repeats']} "
+                   f"run{'s' * (result['repeats'] > 1)} of {cell['rounds']} rounds, without the first; largest differences: {gaps}")
+        rows = [[{"prefopt": f"prefopt (reference: {cell['reference']})", "baseline": "plain loop"}[side],
+                 *(spread(row[key], decimals=3) for key in ("drawn_per_second", "pictures_per_second", "decode_seconds")),
+                 spread(row["step_seconds"]), spread(row["peak_bytes"], 1e9)] for side, row in cell["sides"].items()]
+        out.append(table(["", "pictures/s drawn", "pictures/s with training", "s to decode one", "s an optimiser step",
+                          "peak memory, GB"], rows))
+        found = (("faster", "pictures/s with training, times the plain loop's", "at least"),
+                 ("step", "time of an optimiser step, of the plain loop's", "at most"),
+                 ("memory", "peak memory, of the plain loop's", "at most"))
+        rows = [[what, f"{side} {cell[key]:g}", f"{(value := cell['shares'][key]):.2f}",
+                 "met" if (value >= cell[key] if side == "at least" else value <= cell[key]) else "not met"] for key, what, side in found]
+        out.append(table(["prefopt beside the plain loop", "target", "measured", ""], rows))
+    return "\n\n".join([*out, f"All of it: [{path.name}]({path.name})."])
+
+
 def render(docs: Path) -> None:
     """Writes the plots and the tables of all results that are there."""
     page = docs / "performance.md"
@@ -246,4 +277,6 @@ def render(docs: Path) -> None:
     text = insert(text, "bench-head", head_block(docs))
     for where in ("cpu", "gpu"):
         text = insert(text, f"bench-diffusion-{where}", pictures_block(docs, where))
+    for end in ("", "-gpu"):
+        text = insert(text, f"bench-diffusion-rollout{end}", rollout_block(docs, end))
     page.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
-from prefopt.config.rounds import JUDGES, check_harmonic, check_refresh, check_rounds
+from prefopt.config.rounds import JUDGES, check_picture_rewards, check_refresh, check_rounds
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
 from prefopt.config.stages import check_stages, without_stages
 from prefopt.config.strength import for_model, with_number
@@ -49,7 +49,7 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
         raise UserError(_wrong_value(error, given, OmegaConf.create(given))) from error
     _ranges(out)
     if hasattr(out, "reward"):
-        check_harmonic(out.reward)
+        check_picture_rewards(out)
         _check_reward(out)
     if hasattr(out, "sampler") and out.sampler.beams > 1 and (out.sampler.temperature, out.sampler.top_p) != (0, 1):
         raise UserError(f"sampler.beams={out.sampler.beams} is a search for the most likely reply, and sampler.temperature="

@@ -6,7 +6,8 @@ from typing import Any
 
 from prefopt.config.catalogue import VIEWS
 from prefopt.config.objective_source import ObjectiveInfo
-from prefopt.errors import UserError
+from prefopt.config.schema import PICTURE_REWARDS
+from prefopt.errors import UserError, nearest
 
 PICTURES_ONLY = {"partner": "sample", "judge": "reward", "mix": 1.0, "top": 1.0, "guidance": None}  # and what they are elsewhere
 ROUNDS_ONLY = {"writer": "policy", "keep": None, "labels": "best", "extrapolate": 0.0, **PICTURES_ONLY}
@@ -16,6 +17,7 @@ JUDGES = {  # what to do where there is none, by whether completions are picture
     False: "Train one with algo=reward_bt and set reward=model reward.path=RUN.",
     True: "Choose one for pictures: reward=pickscore reward.path=FOLDER, say (prefopt list reward).",
 }
+HELD_OUT = "held_out/"  # what measures of samples by rewards that nothing is trained on are called
 ALONE = "it must be at least 2: one reply alone is neither better nor worse than anything"
 
 
@@ -78,6 +80,34 @@ def check_picture_rounds(cfg: Any, info: ObjectiveInfo) -> None:
     if hasattr(cfg, "noise") and cfg.noise.plan == "states" and (source.partner, source.guidance) != ("given", 1):
         raise UserError("noise.plan=states scores a sample at the states that it was drawn through, as it was predicted there, beside the "
                         "picture that its row holds; that needs source.partner=given and source.guidance=1: use source=self_play_states")
+
+
+def held_out_reward(said: str) -> tuple[str, str | None]:
+    """(kind, path) of an entry of `evaluation.rewards`."""
+    kind, _, path = said.partition(":")
+    return kind, path or None
+
+
+def check_picture_rewards(cfg: Any) -> None:
+    """Refuses settings of RPO's reward where another one is chosen, and held-out rewards that are none."""
+    check_harmonic(cfg.reward)
+    asked = cfg.evaluation.rewards if hasattr(cfg, "evaluation") else []
+    known = [kind for kind in PICTURE_REWARDS if kind != "harmonic"]  # whose photos are those of the reward that is trained on
+    for number, said in enumerate(asked):
+        kind, path = held_out_reward(said)
+        if kind not in known:
+            raise UserError(f"evaluation.rewards: {kind} is none of the rewards of pictures that need no settings "
+                            f"({', '.join(known)}){nearest(kind, known)}")
+        if (path is None) != (kind == "brisque"):
+            what = "has its weights with it, and takes no path" if path else "needs the folder or hub id of its model"
+            raise UserError(f"evaluation.rewards: {said}: {kind} {what}; write {kind if path else f'{kind}:FOLDER_OR_HUB_ID'}")
+        if kind == cfg.reward.kind or kind in (held_out_reward(other)[0] for other in asked[:number]):
+            raise UserError(f"evaluation.rewards: {kind} is there already{' as reward=' + kind if kind == cfg.reward.kind else ''}; leave "
+                            "it out")
+    if asked and not cfg.data.pictures:
+        raise UserError(f"evaluation.rewards={asked} judge pictures, and data={cfg.data.name} holds texts; leave it out")
+    if asked and not cfg.evaluation.prompts:
+        raise UserError(f"evaluation.rewards={asked} judge samples, and evaluation.prompts=0 asks for none; raise it, or leave them out")
 
 
 def check_harmonic(reward: Any) -> None:

@@ -268,6 +268,7 @@ class LoopConfig:
 class EvaluationConfig:
     prompts: int = 128
     kl: bool = True
+    rewards: list[str] = field(default_factory=list)  # KIND or KIND:PATH
 
 
 @dataclass
@@ -475,10 +476,8 @@ class LabelConfig:
     output: str = REQUIRED
 
 
-COMMANDS = {
-    "train": TrainConfig, "plan": TrainConfig, "launch": TrainConfig, "eval": EvalConfig, "sample": SampleConfig,
-    "data_check": DataCheckConfig, "label": LabelConfig,
-}  # fmt: skip
+COMMANDS = {"train": TrainConfig, "plan": TrainConfig, "launch": TrainConfig, "eval": EvalConfig, "sample": SampleConfig,
+            "data_check": DataCheckConfig, "label": LabelConfig}  # fmt: skip
 
 
 def config_of(command: str) -> str:

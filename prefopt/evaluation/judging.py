@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.schema import TrainConfig
+from prefopt.config.rounds import HELD_OUT
+from prefopt.config.schema import PICTURE_REWARDS, TrainConfig
 from prefopt.report.estimators import interval, length_controlled, paired, wins
 from prefopt.rewards.pictures import PARTS
 from prefopt.training.judge import AT_TIMES, COMPARABLE, SHARES, Judge, Judgement
@@ -34,7 +35,8 @@ ON_SAMPLES = (
     ("finished", "finished, %", 1), ("distinct_2", "distinct-2, %", 1),
     ("prompt_match", "prompt match, %", 1), *((f"match/{part}", f"  {part}, %", 1) for part in PARTS),
     ("all_parts", "  all of it right, %", 1), ("variety", "variety between prompts", 3), ("saturation", "saturation, %", 1),
-    ("high_frequency", "fine detail, % of contrast", 2),
+    ("high_frequency", "fine detail, % of contrast", 2), (f"{HELD_OUT}look", "held-out reward: the world's look", 3),
+    *((f"{HELD_OUT}{kind}", f"held-out reward: {kind}", 3) for kind in PICTURE_REWARDS),
 )  # fmt: skip
 # What two runs of different objectives have in the same units.
 COMMON = ("accuracy", "ranking_accuracy", "ranking_accuracy_per_token", "kendall_tau", "ranking_kendall_tau", *AT_TIMES,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,19 @@ class DiffusionPolicy(nn.Module):
         return None if sizes is None else sizes.to(self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: Guidance = PLAIN) -> Tensor:
-        """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598)."""
+        """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598); one
+        call makes both, unless only one of them is to have a graph."""
+        if not guidance.on:
+            return self._predict(x_t, t, captions, sizes)
+        blank = [self.encodings.caption_of("")] * len(captions)
+        if guidance.blank_gradient or not torch.is_grad_enabled():
+            twice = [None if part is None else torch.cat([part, part]) for part in (x_t, t, sizes)]
+            return guidance(*self._predict(*twice[:2], captions + blank, twice[2]).chunk(2))
+        with torch.no_grad():
+            without = self._predict(x_t, t, blank, sizes)
+        return guidance(self._predict(x_t, t, captions, sizes), without)
+
+    def _predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None) -> Tensor:
         parts = [self._parts(c) for c in captions]
         said = [self.encodings.caption(caption) for caption, _ in parts]
         condition = {name: torch.stack([s[name] for s in said]) for name in said[0]}
@@ -246,12 +258,7 @@ class DiffusionPolicy(nn.Module):
             condition |= self.users.batch([user for _, user in parts])
         condition = {name: value.to(x_t.device) for name, value in condition.items()}
         with self.autocast():
-            prediction = self.denoiser.predict(x_t, t, condition, sizes).float()
-        if not guidance.on:
-            return prediction
-        with nullcontext() if guidance.blank_gradient else torch.no_grad():
-            blank = self.predict(x_t, t, [self.encodings.caption_of("")] * len(captions), sizes)
-        return guidance(prediction, blank)
+            return self.denoiser.predict(x_t, t, condition, sizes).float()
 
     def prepare(self, micro: MicroBatch, reference: Any = None) -> None:
         """Finds where the micro-batch is scored, before anybody scores it: policy and `reference` (see `policies/reference.py`) are asked

@@ -21,6 +21,11 @@ class Guidance:
     def on(self) -> bool:
         return self.scale != 1
 
+    @property
+    def blank(self) -> int:
+        """What the blank prediction takes in training: 0 nothing, 1 a forward pass, 2 a backward pass as well."""
+        return self.on * (1 + self.blank_gradient)
+
     def __call__(self, conditional: Tensor, blank: Tensor) -> Tensor:
         return blank + self.scale * (conditional - blank)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefopt.report.picture_panels import standard_errors, trained_reward
+from prefopt.config.rounds import HELD_OUT
+from prefopt.report.picture_panels import held_out_rewards, in_words, standard_errors, trained_reward
 from prefopt.report.plots import Change, Row, change, finite, number, tidy
 
 # docs/reading-your-run.md as one HTML file. It is installed with the package, so a link into it works without a network.
@@ -231,8 +232,10 @@ def _hacking(train: list[Row], evals: list[Row]) -> Alarm | None:
     if rise < SURE:
         return None
     found = []
-    for other, words in (("true_reward", "the true reward"), ("prompt_match", "prompt match")):
-        if other != key and (shift := standard_errors(c.first, c.last, other)) is not None and shift < -SURE:
+    for other in held_out_rewards(evals, key):
+        words = "the true reward" if other == "true_reward" else in_words(other)
+        known = key == "true_reward" and other == f"{HELD_OUT}look"  # a part of what is trained on, and worth what it is there
+        if not known and (shift := standard_errors(c.first, c.last, other)) is not None and shift < -SURE:
             found.append(f"{words} fell from {number(c.first[other])} to {number(c.last[other])}")
     for look, words, factor in (("variety", "variety", 1 - VARIETY_FALL), ("high_frequency", "fine detail", DETAIL_GROWTH)):
         if (before := c.first.get(look)) and (now := c.last.get(look)) is not None and (now / before - factor) * (factor - 1) > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefopt.config.rounds import HELD_OUT
 from prefopt.report.plots import Group, Row, Series, finite, interval_curve, number
 
 
@@ -43,8 +44,7 @@ def board(train: list[Row], evals: list[Row]) -> Group:
     """What a reward that is trained on may be bought with: everything in one chart, as the change since the start."""
     out = Group("Hacking board", "Rises of the trained reward that other measures do not share are how a reward is cheated.")
     trained = trained_reward(train, evals)
-    others = [key for key in ("true_reward", "prompt_match") if key != trained]
-    shifts = [_shift(evals, key, i) for i, key in enumerate([trained, *others], 1) if key]
+    shifts = [_shift(evals, key, i) for i, key in enumerate([trained, *held_out_rewards(evals, trained)], 1) if key]
     out.add(
         "Trained reward and others, in standard errors", [s for s in shifts if s],
         "Change since the start over its standard error: beyond 2 it is hardly chance. What is trained on and what is not should rise "
@@ -77,6 +77,16 @@ def trained_reward(train: list[Row], evals: list[Row]) -> str | None:
     return next((key for key in ("reward", "true_reward") if any(key in row for row in evals)), None)
 
 
+def held_out_rewards(evals: list[Row], trained: str | None) -> list[str]:
+    """Names of what judges samples beside the reward that is trained on."""
+    beside = sorted({key for row in evals for key in row if key.startswith(HELD_OUT) and not key.endswith(("_low", "_high"))})
+    return [key for key in ("true_reward", "prompt_match", *beside) if key != trained]
+
+
+def in_words(key: str) -> str:
+    return key.removeprefix(HELD_OUT).replace("_", " ")
+
+
 def standard_errors(first: Row, now: Row, key: str) -> float | None:
     """The change of a measure over its standard error, from the intervals of both evaluations as if they were independent (their prompts
     are the same, so it is larger rather than smaller)."""
@@ -91,7 +101,7 @@ def _shift(evals: list[Row], key: str, colour: int) -> Series | None:
     rows = [row for row in evals if key in row]
     found = [(row["step"], standard_errors(rows[0], row, key)) for row in rows]
     curve = [(step, value) for step, value in found if value is not None]
-    label = key.replace("_", " ")
+    label = in_words(key)
     notes = [f"step {step:.0f}: {label} {number(value)} standard errors" for step, value in curve]
     return Series(label, curve, colour, marks=True, notes=notes) if len(curve) > 1 else None
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WORLDS = ("tiny_pictures",)
 PARTS = ("count", "colour", "shape", "place")  # of what a caption asks for
+LOOK = "aesthetic"  # what the world likes to see beside them
 
 
 def picture(example: Example) -> Image:
@@ -41,12 +42,18 @@ def known(world: str) -> Callable[[Sequence[Example]], list[float]]:
 
 
 def parts(world: str) -> Callable[[str, Image], dict[str, float]] | None:
-    """(caption, picture) -> how far each part of what the caption asks for is met, in [0, 1]; None outside the worlds in `WORLDS`."""
+    """(caption, picture) -> how far each part of what the caption asks for is met, in [0, 1], and the picture's `LOOK`, in [-1, 1], which
+    no caption asks for; None outside the worlds in `WORLDS`."""
     from prefopt.data import tiny_pictures
 
     if world not in WORLDS:
         return None
-    return lambda caption, image: {name: tiny_pictures.measures(caption, image)[name] for name in PARTS}
+
+    def seen(caption: str, image: Image) -> dict[str, float]:
+        found = tiny_pictures.measures(caption, image)
+        return {name: found[name] for name in (*PARTS, LOOK)}
+
+    return seen
 
 
 class Brisque:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from prefopt.config.schema import PICTURE_REWARDS, DataConfig, ModelConfig, RewardConfig, TrustConfig
+from prefopt.config.rounds import HELD_OUT, held_out_reward
+from prefopt.config.schema import PICTURE_REWARDS, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, TrustConfig
 from prefopt.data import bandit, tiny_feedback
 from prefopt.data.records import Example
 from prefopt.rewards import pictures
@@ -15,6 +17,20 @@ from prefopt.rewards import pictures
 RewardFunction = Callable[[Sequence[Example]], list[float]]
 
 WORLDS = {"tiny_feedback": tiny_feedback.true_reward, "bandit": bandit.true_reward}
+
+
+def of_pictures(kind: str, path: str | None, device: torch.device | str, **settings: Any) -> RewardFunction:
+    """One of `PICTURE_REWARDS`."""
+    if kind == "brisque":
+        return pictures.Brisque()
+    from prefopt.rewards.scorers import SCORERS
+
+    return SCORERS[kind](path, torch.device(device), **settings)
+
+
+def held_out_rewards(cfg: EvaluationConfig, device: torch.device | str = "cpu") -> dict[str, RewardFunction]:
+    """Metric name -> function: samples are judged by them and nothing is trained on them."""
+    return {f"{HELD_OUT}{kind}": of_pictures(kind, path, device) for kind, path in map(held_out_reward, cfg.rewards)}
 
 
 def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None = None, device: torch.device | str = "cpu",
@@ -31,13 +47,9 @@ def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None 
         found["true_reward"] = lambda examples: [known(e.prompt_text, e.completions[0].text) for e in examples]
     if cfg.kind != "none" and data.source in pictures.WORLDS:
         found["true_reward"] = pictures.known(data.source)
-    if cfg.kind == "brisque":
-        found["reward"] = pictures.Brisque()
-    elif cfg.kind in PICTURE_REWARDS:
-        from prefopt.rewards.scorers import SCORERS
-
+    if cfg.kind in PICTURE_REWARDS:
         own = {"photos": cfg.photos, "likeness": cfg.likeness} if cfg.kind == "harmonic" else {}
-        found["reward"] = SCORERS[cfg.kind](cfg.path, torch.device(device), **own)
+        found["reward"] = of_pictures(cfg.kind, cfg.path, device, **own)
     if cfg.kind == "model":
         from prefopt.rewards.learned import LearnedReward
 

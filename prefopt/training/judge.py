@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from prefopt.config.rounds import HELD_OUT
 from prefopt.config.schema import SamplerConfig
 from prefopt.data.batch import MicroBatch, Row
 from prefopt.data.records import Completion, Example, Message
@@ -24,7 +25,7 @@ from prefopt.policies.reference import Provider, Reloaded
 from prefopt.report import picture_measures
 from prefopt.report.calibration import calibration, compared
 from prefopt.report.estimators import by_prompt, distinct, interval, kendall, length_controlled, wins
-from prefopt.rewards.pictures import PARTS
+from prefopt.rewards.pictures import LOOK, PARTS
 from prefopt.rewards.true_reward import RewardFunction
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.engine import Engine, quantities
@@ -99,7 +100,7 @@ class Judge:
     initial: Provider | None
     baseline: dict[int, dict[str, Any]] | None = None  # the initial policy's sample for each prompt
     reference_judged: bool = False
-    parts: Callable[[str, Any], dict[str, float]] | None = None  # (caption, picture) -> how far each part of it is met, where that is known
+    parts: Callable[[str, Any], dict[str, float]] | None = None  # see `prefopt.rewards.pictures.parts`
     start: dict[str, Table] = field(default_factory=dict, init=False)  # see `_start`
     drawn: list[tuple[list[int], Branch]] = field(default_factory=list, init=False)  # (prompt, reply) of the last samples
     start_drawn: list[tuple[list[int], Branch]] = field(default_factory=list, init=False)  # the initial policy's, see `_forward_kl`
@@ -116,7 +117,7 @@ class Judge:
     def __call__(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(metrics row, sample rows) of the policy as it stands."""
         judgement = self.measure(step)
-        return judgement.row(WITH_INTERVAL), judgement.samples
+        return judgement.row([*WITH_INTERVAL, *(m for m in judgement.measures if m.startswith(HELD_OUT))]), judgement.samples
 
     def measure(self, step: int) -> Judgement:
         """Judges the policy as it stands. Its first samples become the baseline of win rates, unless there is one."""
@@ -382,6 +383,7 @@ class Judge:
                 out["start_distance"] = picture_measures.distance(images, [baseline[s["id"]]["image"] for s in samples])
             if self.parts:
                 met = [self.parts(s["prompt"], s["image"]) for s in samples]
+                out[f"{HELD_OUT}look"] = [seen.pop(LOOK) for seen in met]
                 out |= picture_measures.prompt_match(met, range(len(met)))
         return {name: np.array(values, dtype=float) for name, values in out.items() if values is not None}
 

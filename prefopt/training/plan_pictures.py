@@ -6,8 +6,8 @@ a micro-batch takes grows in proportion to it, so two small ones are run. Torch'
 
 from __future__ import annotations
 
-import importlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from prefopt.config.listing import table
 from prefopt.config.schema import ModelConfig, TrainConfig
 from prefopt.data.batch import Row
-from prefopt.data.dataset import make_dataset
-from prefopt.data.latents import BATCH
+from prefopt.data.dataset import make_dataset, make_prompts
+from prefopt.data.fits import VIEW_OF_KIND
 from prefopt.data.pictures import name_of
-from prefopt.data.records import Example
+from prefopt.data.records import Example, Message
 from prefopt.data.sources import load_data
 from prefopt.data.tokenise import Tokens
 from prefopt.data.transforms import apply_transforms
@@ -41,13 +39,14 @@ from prefopt.policies.user_branch import add_user_branch
 from prefopt.training import memory, plan
 from prefopt.training.memory import DryRun, Live, Memory
 from prefopt.training.picture_rounds import asks_for_given
+from prefopt.training.plan_encoders import numbers_of, vae_flops, vae_needs
 from prefopt.training.plan_text import _flops, _gb, _time, communication_lines, deepspeed_lines, idle, machines, memory_lines, more_devices
+from prefopt.training.plan_trajectories import Rounds, rounds_of
 from prefopt.training.setup import make_objective
 from prefopt.training.sharding import Layout, layout_of, traffic
 from prefopt.training.source import OfflineSource
 from prefopt.training.throughput import Effort, count, picture_kind
 
-DECODED = 4  # pictures that the VAE decodes at a time (`Encoders.decode`)
 ENCODER_NUMBER = {"cpu": 4, "cuda": 2}  # bytes of a text encoder's weight under bf16: on a CPU they stay in fp32
 
 
@@ -66,6 +65,7 @@ class Scene:
     runtime: float  # bytes of the interpreter, its libraries and the rows
     vae: tuple[float, float, float]  # bytes of it, and of what encoding and decoding take beside
     texts: int  # weights of the text encoders
+    rounds: Rounds | None = None  # of source=trajectories
 
 
 @dataclass
@@ -89,6 +89,7 @@ class PicturePlan:
     peak: float | None
     peak_from: str
     disk: dict[str, float]
+    drawn: float = 0.0  # FLOPs of drawing a round of trajectories and decoding it, over all ranks
 
     @property
     def seconds(self) -> float | None:
@@ -104,9 +105,6 @@ class PicturePlan:
 
 def picture_plan_text(cfg: TrainConfig) -> str:
     """What `prefopt plan` prints. Raises `UserError` where a run could not start."""
-    if cfg.source.kind == "trajectories":
-        raise UserError("prefopt plan estimates runs on given pictures, and source=trajectories draws its own; try a run of few steps: "
-                        "train.steps=4, whose metrics.jsonl says how long a step and its round take")
     made = estimate(cfg, scene_of(cfg))
     parts = [[verdict(made)], table(_about(made), "  "), _memory(made), communication_lines(cfg, made.sent, made.seconds), _work(made),
              deepspeed_lines(cfg)]
@@ -133,20 +131,28 @@ def scene_of(cfg: TrainConfig) -> Scene:
         branches = [draws.branch(address(name), address(text), group, numbers) for name, text in zip(names, texts, strict=True)]
         return Tokens([address(example.prompt_text)], branches, 0, [0] * len(branches))
 
-    settings = (objective.view, objective.columns, objective.mismatched, cfg.seed, iter, objective.extra)
-    rows = make_dataset(train, cfg.data, tokenise, *settings).rows
+    def ids_of(prompt: list[Message], _: bool) -> list[int]:
+        known["captions"].add(text := "\n".join(m.text for m in prompt))
+        return [address(text)]
+
+    view, stepwise = "pairs" if objective.view == "groups" else objective.view, cfg.source.kind == "trajectories"
+    settings = (view, objective.columns, objective.mismatched, cfg.seed, iter, objective.extra)
+    teaches = stepwise and cfg.trajectory.candidates and cfg.trajectory.scorer == "step_aware"  # the data's pairs, a scorer
+    prompts = make_prompts(train, cfg.data, ids_of).rows if stepwise else []
+    rows = prompts if stepwise and not teaches else make_dataset(train, cfg.data, tokenise, *settings).rows
     if len(rows) < objective.min_batch:
         raise UserError(f"{len(rows)} usable training rows; {type(objective).__name__} needs at least {objective.min_batch}")
-    if cfg.source.kind != "offline" and not asks_for_given(cfg.source):
+    if cfg.source.kind == "rounds" and not asks_for_given(cfg.source):
         known["pictures"].clear()  # only their captions are read
-    judged = make_dataset(held_out, cfg.data, lambda e: tokenise(e, True), *settings).rows
+    as_prompts = stepwise and not all(view in VIEW_OF_KIND[e.kind] for e in held_out.examples)
+    judged = [] if as_prompts else make_dataset(held_out, cfg.data, lambda e: tokenise(e, True), *settings).rows
     denoiser = meta_denoiser(folder, cfg.model.resolution)
     numbers = sum(torch.Size(shape).numel() for shape in caption_shapes(denoiser).values())
     pictures = len(known["pictures"]) * (2 if cfg.data.flip else 1)
     shape = adapted(counted(denoiser, cfg.model.resolution), cfg.model, folder)
     texts = sum(numbers_of(folder, part) for part in folder.parts if part.startswith("text_encoder"))
-    return Scene(objective, folder, rows, judged, pictures, len(known["captions"]), numbers, shape, memory.resident(),
-                 vae_needs(folder, cfg.model.resolution), texts)
+    return Scene(objective, folder, prompts or rows, judged, pictures, len(known["captions"]), numbers, shape, memory.resident(),
+                 vae_needs(folder, cfg.model.resolution), texts, rounds_of(cfg, len(prompts), denoiser.process))
 
 
 def adapted(found: tuple[DrawShape, dict[str, float]], model: ModelConfig, folder: PipelineFolder) -> DrawShape:
@@ -179,17 +185,20 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
     """The plan of a run."""
     device = torch.device("cuda" if cfg.hardware.device == "cuda" or (cfg.hardware.device == "auto" and torch.cuda.is_available())
                           else "cpu")
-    objective = scene.objective
-    source = OfflineSource(scene.rows, objective.view, cfg.train.batch_size, cfg.train.micro_batch_tokens, 0, "label" in objective.columns,
-                           cfg.seed, 0, cfg.hardware.world, "draws", False, draws=Draws(cfg.noise, cfg.seed))
-    steps = plan._steps(cfg, source)
+    objective, rounds = scene.objective, scene.rounds and replace(scene.rounds, cfg=cfg)
+    rows = rounds.rows(objective.view) if rounds else scene.rows
+    source = OfflineSource(rows, objective.view, len(rows) if rounds else cfg.train.batch_size, cfg.train.micro_batch_tokens, 0,
+                           "label" in objective.columns, cfg.seed, 0, cfg.hardware.world, "draws", False,
+                           draws=None if rounds else Draws(cfg.noise, cfg.seed))
+    steps = rounds.total if rounds else plan._steps(cfg, source)
     source = replace(source, total=steps)
     reference = _reference(cfg, scene, source, steps)
     teachers = plan._teachers(cfg, objective) + len(objective.averages())
-    kind = picture_kind(cfg.model, objective, scene.shape, (scene.shape,) * teachers)
+    guided = rounds.guidance.blank if rounds else 0
+    kind = picture_kind(cfg.model, objective, scene.shape, (scene.shape,) * teachers, guided)
     kind = replace(kind, reference=kind.reference and reference != "stored")
 
-    spread = plan.counted_steps(steps, source.world)
+    spread = [0] if rounds else plan.counted_steps(steps, source.world)
     work, slowest, draws, micros = Effort(), 0.0, 1, 1
     for step in spread:
         ranks = source.of_all_ranks(step)
@@ -198,15 +207,21 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
         draws = max([draws, *(int(m.trained.sum()) for mine in ranks for m in mine)])
         micros = max([micros, *(len(mine) for mine in ranks)])
     run, unknown = dry_run(scene.folder, cfg, draws)
+    if guided:  # two predictions make one, of one call unless only one of them has a graph
+        both = dry_run(scene.folder, cfg, 2 * draws)[0]
+        run = both if guided == 2 else replace(run, scoring=both.scoring)
     layout = layout_of(cfg.hardware, plan.zero_settings(cfg))
     needs = _needs(cfg, scene, run, device.type, reference, micros, layout)
     sent = traffic(layout, run.weights, run.parameters, run.trainable, micros, plan.passes(kind, reference))
     has = cfg.hardware.memory_gb * 1e9 if cfg.hardware.memory_gb else memory.capacity(device.type)
     if has and device.type == "cpu":
         has /= cfg.hardware.processes
-    share = 1 / len(spread)
-    return PicturePlan(cfg, scene, device.type, reference, steps, draws, micros, Effort(*(share * x for x in vars(work).values())),
-                       slowest * share, run, unknown, needs, sent, has, *plan._peak(cfg, device), _disk(cfg, scene, run, reference))
+    share, drawn = 1 / len(spread), 0.0
+    if rounds:
+        drawn = rounds.drawing(scene.shape) + rounds.decoded * vae_flops(scene.folder, cfg.model.resolution, "decode")
+    return PicturePlan(cfg, replace(scene, rounds=rounds), device.type, reference, steps, draws, micros,
+                       Effort(*(share * x for x in vars(work).values())), slowest * share, run, unknown, needs, sent, has,
+                       *plan._peak(cfg, device), _disk(cfg, scene, run, reference), drawn)
 
 
 def _reference(cfg: TrainConfig, scene: Scene, source: OfflineSource, steps: int) -> str:
@@ -223,7 +238,8 @@ def _reference(cfg: TrainConfig, scene: Scene, source: OfflineSource, steps: int
 def _needs(cfg: TrainConfig, scene: Scene, run: DryRun, device: str, reference: str, micros: int, layout: Layout) -> Memory:
     """The parts of a process. VAE and text encoders are there while rows are encoded, and the VAE stays once pictures were sampled."""
     vae, encoding, decoding = scene.vae
-    sampled = bool(cfg.evaluation.prompts)
+    rounds = scene.rounds and replace(scene.rounds, cfg=cfg)
+    sampled = bool(cfg.evaluation.prompts or rounds)
     reloads = cfg.evaluation.kl and not cfg.model.frozen and cfg.reference.refresh == "never" and reference != "frozen copy"
     runtime = (memory.GPU_RUNTIME if device == "cuda" else scene.runtime) + vae * sampled
     needs = memory.memory(
@@ -232,7 +248,17 @@ def _needs(cfg: TrainConfig, scene: Scene, run: DryRun, device: str, reference: 
     )
     number = ENCODER_NUMBER[device] if cfg.hardware.precision == "bf16" else 4
     encoded = max(vae * (not sampled) + encoding, float(number * scene.texts))
-    return replace(needs, moments={**needs.moments, "the encoding of pictures and captions": runtime + needs.weights + encoded})
+    moments = {**needs.moments, "the encoding of pictures and captions": runtime + needs.weights + encoded}
+    if rounds:
+        called, kept = dry_run(scene.folder, cfg, rounds.at_once)[0].scoring, _latents(cfg, scene) * (device == "cpu")
+        moments["the drawing of a round"] = runtime + needs.weights + needs.optimizer + needs.reference + max(called, decoding) + kept
+    return replace(needs, moments=moments)
+
+
+def _latents(cfg: TrainConfig, scene: Scene) -> float:
+    """Bytes of what a round of trajectories keeps, on the CPU."""
+    channels, factor = scene.folder.latent
+    return 4.0 * scene.rounds.latents * channels * (cfg.model.resolution // factor) ** 2
 
 
 def build(folder: PipelineFolder, model: ModelConfig, precision: str) -> Any:
@@ -315,46 +341,6 @@ def _run(key: _Key, precision: str, draws: int) -> DryRun:
         return DryRun(held, *numbers, activations, live.peak - base - activations, scoring)
 
 
-def vae_needs(folder: PipelineFolder, resolution: int) -> tuple[float, float, float]:
-    """Bytes of the VAE in fp32, of what it takes to encode a batch beside, and of what it takes to decode one."""
-    with FakeTensorMode(), Live() as live, memory._quiet(), torch.no_grad():
-        memory._fake(vae := on_meta(folder, "vae"))
-        held = live.peak = live.now
-        latent = _latent(vae.encode(torch.zeros(BATCH, 3, resolution, resolution)))
-        encoding = live.peak - held
-        latent = torch.zeros(DECODED, *latent.shape[1:])
-        live.peak = live.now
-        vae.decode(latent)
-        return held, encoding, live.peak - held
-
-
-def _latent(out: Any) -> torch.Tensor:
-    return out.latent_dist.mean if hasattr(out, "latent_dist") else out.latent
-
-
-def on_meta(folder: PipelineFolder, part: str) -> nn.Module:
-    """A part of the pipeline without storage, from its config."""
-    library, name = folder.parts[part]
-    kind = getattr(importlib.import_module(library), name)
-    config = folder.config(part)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        if library == "diffusers":
-            return kind.from_config({k: v for k, v in config.items() if not k.startswith("_")}).eval()
-        return kind(kind.config_class.from_dict(config)).eval()
-
-
-def numbers_of(folder: PipelineFolder, part: str) -> int:
-    return sum(p.numel() for p in on_meta(folder, part).parameters())
-
-
-def encoding_flops(folder: PipelineFolder, resolution: int) -> float:
-    """Of one picture by the VAE."""
-    vae = on_meta(folder, "vae")
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.encode(torch.empty(1, 3, resolution, resolution))
-    return float(counter.get_total_flops())
-
-
 def _disk(cfg: TrainConfig, scene: Scene, run: DryRun, reference: str) -> dict[str, float]:
     """Bytes on disk by part. A checkpoint holds the trained weights and AdamW's moments in fp32; latents are a mean and a deviation."""
     number, (channels, factor), keep = 2 if cfg.data.latents == "fp16" else 4, scene.folder.latent, cfg.train.keep_checkpoints
@@ -362,6 +348,8 @@ def _disk(cfg: TrainConfig, scene: Scene, run: DryRun, reference: str) -> dict[s
     out = {f"checkpoints (the newest {keep})": 12 * run.trainable * keep, "final model": 4 * run.trainable,
            f"stored latents ({cfg.data.latents})": number * 2.0 * scene.pictures * channels * side * side,
            f"stored captions ({cfg.data.latents})": number * float(scene.captions) * scene.caption_numbers}
+    if scene.rounds and scene.rounds.steps > 1:
+        out["latents of a round"] = _latents(cfg, scene)
     if reference == "stored":
         out["reference store (shared)"] = sum(20 + 4.0 * b.trained for row in scene.rows + scene.held_out for b in row.edges("pairs"))
     return out
@@ -380,6 +368,10 @@ def remedies(cfg: TrainConfig, widest: int) -> Iterator[tuple[str, TrainConfig]]
 
     if cfg.reference.store == "off" and cfg.noise.pool and not cfg.model.frozen:
         yield "reference.store=auto", replace(cfg, reference=replace(cfg.reference, store="auto"))
+    at_once = cfg.sampler.batch_size // 2
+    while cfg.source.kind == "trajectories" and at_once:
+        yield f"sampler.batch_size={at_once}", replace(cfg, sampler=replace(cfg.sampler, batch_size=at_once))
+        at_once //= 2
     yield from plan.divided(cfg)
     yield from smaller(cfg)
     said, slim = "", cfg
@@ -397,8 +389,9 @@ def remedies(cfg: TrainConfig, widest: int) -> Iterator[tuple[str, TrainConfig]]
 def mend(made: PicturePlan) -> tuple[str, PicturePlan] | None:
     """The first of the changes with which the run would fit, and its plan. A pool of draws, with which no copy of the model is needed,
     changes what is trained and is left to people."""
-    widest = max(row.size(made.scene.objective.view, "draws")[1] for row in made.scene.rows)
-    widest = widest * made.cfg.noise.draws // (made.cfg.noise.pool or made.cfg.noise.draws)
+    rounds, view = made.scene.rounds, made.scene.objective.view
+    widest = max(row.size(view, "draws")[1] for row in (rounds.rows(view) if rounds else made.scene.rows))
+    widest = widest if rounds else widest * made.cfg.noise.draws // (made.cfg.noise.pool or made.cfg.noise.draws)
     for name, cfg in remedies(made.cfg, widest):
         if plan.possible(cfg) and (changed := estimate(cfg, made.scene)).fits:
             return name, changed
@@ -425,21 +418,23 @@ def verdict(made: PicturePlan) -> str:
 
 
 def _about(made: PicturePlan) -> list[tuple[str, str]]:
-    cfg, scene, noise = made.cfg, made.scene, made.cfg.noise
+    cfg, scene, noise, rounds = made.cfg, made.scene, made.cfg.noise, made.scene.rounds
     pool = f"a pool of {noise.pool} for each row" if noise.pool else "new ones at each visit of a row"
+    what, unit, size = "transitions" if rounds else "pictures", "prompts" if rounds else "rows", cfg.train.batch_size
     return [
         ("run", f"algo={cfg.algo.get('name', '')} model={cfg.model.name} data={cfg.data.name} {machines(cfg)}"),
         *([("assumed", f"the files of {cfg.model.path} are out of reach: its published sizes are used")]
           if isinstance(scene.folder, KnownPipeline) else []),
         ("model", f"{made.run.parameters / 1e6:,.2f} M parameters, {made.run.trainable / 1e6:,.2f} M trained "
                   f"({100 * made.run.trainable / made.run.parameters:.3g} %), {cfg.model.resolution} pixels a side"),
-        ("data", f"{len(scene.rows):,} rows; {scene.pictures:,} pictures and {scene.captions:,} captions to encode, once"),
-        ("steps", f"{made.steps:,} of {cfg.train.batch_size} rows; {made.work.tokens:,.0f} pictures each; micro-batches per process: at "
-                  f"most {made.micros}, of at most {made.draws} pictures"),
+        ("data", f"{len(scene.rows):,} {unit}; {scene.pictures:,} pictures and {scene.captions:,} captions to encode, once"),
+        *(rounds.about() if rounds else []),
+        ("steps", f"{made.steps:,} of {min(size, cfg.source.prompts) if rounds else size} {unit}; {made.work.tokens:,.0f} {what} each; "
+                  f"micro-batches per process: at most {made.micros}, of at most {made.draws} {what}"),
         *idle(cfg, len(scene.rows)),
-        ("noise", f"{noise.draws} draw{'s' if noise.draws > 1 else ''} a visit, {pool}"),
+        *([] if rounds else [("noise", f"{noise.draws} draw{'s' if noise.draws > 1 else ''} a visit, {pool}")]),
         ("reference", {"stored": "computed once and stored", "none": "none is read"}.get(made.reference, made.reference)),
-        *([("sampled", "drawing the pictures of a round and judging them is not counted")] if cfg.source.kind != "offline" else []),
+        *([("sampled", "drawing the pictures of a round and judging them is not counted")] if cfg.source.kind == "rounds" else []),
     ]
 
 
@@ -451,20 +446,31 @@ def _memory(made: PicturePlan) -> list[str]:
 
 
 def _work(made: PicturePlan) -> list[str]:
-    work, mfu, cfg = made.work, made.cfg.hardware.mfu, made.cfg
+    work, mfu, cfg, rounds = made.work, made.cfg.hardware.mfu, made.cfg, made.scene.rounds
     rows = [("one picture", f"{_flops(made.scene.shape.forward(1))} forward"),
             ("ideal", f"{_flops(work.useful)} (nothing computed again, no reference)"),
             ("executed", f"{_flops(work.executed)}, {work.executed / work.useful:.2f} times the ideal" if work.useful else "0")]
     if made.reference not in ("stored", "none"):
-        live = work.tokens * made.scene.shape.forward(1, adapted=False)
-        rows.append(("reference", f"{100 * live / work.executed:.0f} % of that; noise=pool would compute it once and keep it"))
+        live = work.tokens * made.scene.shape.forward(1 + (rounds is not None and rounds.guidance.on), adapted=False)
+        rows.append(("reference", f"{100 * live / work.executed:.0f} % of that"
+                                  f"{'' if rounds else '; noise=pool would compute it once and keep it'}"))
     lines = ["FLOPs per step", *table(rows, "  "), ""]
-    encoding = encoding_flops(made.scene.folder, cfg.model.resolution) * made.scene.pictures
+    if rounds:
+        whole = made.drawn + rounds.steps * work.executed
+        found = [("drawing", f"{_flops(made.drawn)}, {100 * made.drawn / whole:.0f} % of the round: {rounds.pictures:,} pictures, "
+                             f"{rounds.calls} forward passes each, and {rounds.decoded:,} decoded"),
+                 ("steps", f"{_flops(rounds.steps * work.executed)}"), ("all", _flops(whole))]
+        lines += ["FLOPs per round (the reward is not counted)", *table(found, "  "), ""]
+    encoding = vae_flops(made.scene.folder, cfg.model.resolution, "encode") * made.scene.pictures
     if made.peak is None:
         lines.append("time: the peak of that GPU is not known here; set hardware.peak_tflops=... (H100 and H200: 989, A100: 312 in bf16)")
     else:
-        seconds, ready = made.seconds, encoding / (made.peak * mfu * cfg.hardware.world)
-        lines.append(f"time: {_time(seconds)} per step, {_time(seconds * made.steps)} for {made.steps:,} steps, at {100 * mfu:.0f} % "
+        rate, seconds = made.peak * mfu * cfg.hardware.world, made.seconds
+        once, total = f"{_time(seconds)} per step", seconds * made.steps
+        if rounds:
+            total += made.drawn / rate * math.ceil(made.steps / rounds.steps)
+            once = f"{_time(made.drawn / rate + rounds.steps * seconds)} per round, {_time(made.drawn / rate)} of it drawing"
+        lines.append(f"time: {once}, {_time(total)} for {made.steps:,} steps, at {100 * mfu:.0f} % "
                      f"(hardware.mfu) of {made.peak / 1e12:.4g} TFLOP/s ({made.peak_from}). Evaluations come on top, and once "
-                     f"{_time(ready)} for the VAE to encode the pictures ({_flops(encoding)}) and what the captions take.")
+                     f"{_time(encoding / rate)} for the VAE to encode the pictures ({_flops(encoding)}) and what the captions take.")
     return [*lines, "disk: " + ", ".join(f"{name} {_gb(size)}" for name, size in made.disk.items())]

@@ -32,7 +32,7 @@ from prefopt.policies.load import load_policy
 from prefopt.policies.locate import adapter_fingerprint
 from prefopt.policies.start import started
 from prefopt.rewards import pictures
-from prefopt.rewards.true_reward import make_rewards
+from prefopt.rewards.true_reward import held_out_rewards, make_rewards
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.tracking.trackers import Guarded
 from prefopt.tracking.wandb_tracker import make_wandb, wandb_labels
@@ -179,6 +179,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         mark_steps((*train_split.examples, *held_out_split.examples))
     with accelerator.main_process_first():
         rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
+        beside = held_out_rewards(cfg.evaluation, accelerator.device)
         policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity, cfg.noise)
     if cfg.model.kind == "diffusion":
         if stepwise and not teaches:  # their pictures will not be looked at
@@ -237,7 +238,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     if held_out.rows and not as_prompts["eval"]:
         held_out_source = OfflineSource(held_out.rows, batch_size=len(held_out.rows), **{**make, "view": view})
     judge = Judge(engine, held_out_source, unique_prompts(held_out, cfg.evaluation.prompts), cfg.sampler, cfg.seed,
-                  rewards, references.initial, parts=pictures.parts(cfg.data.source))
+                  rewards | beside, references.initial, parts=pictures.parts(cfg.data.source))
     peak, peak_from = find_peak(cfg.hardware, accelerator.device) if engine.kind.shape else (None, None)
     about = {
         "device": str(accelerator.device), "machine": machine(accelerator.device),
@@ -246,7 +247,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "precision": cfg.hardware.precision,
         "model": {**policy.source, "adapter": adapter_fingerprint(cfg.model.adapter)}, **references.about, **taught,
         "scoring": getattr(policy, "scoring", None), **beta,
-        "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in rewards.items()},
+        "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in (rewards | beside).items()},
         "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "tokenizer_sha256": policy.tokeniser.digest() if hasattr(policy, "tokeniser") else None,

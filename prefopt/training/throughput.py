@@ -69,6 +69,7 @@ class StepKind:
     compared:   products with a head per trained token, beyond those of log-probs: whole distributions are compared.
     teachers:   shapes of the frozen models that are run along, beside the reference: teachers and slow copies.
     extra_scorers: who scores the extra sequences of pairs.
+    guided:     of pictures, what guidance's prediction without a caption takes: 0 nothing, 1 a forward pass, 2 a backward pass as well.
     """
 
     shape: ModelShape | DrawShape | None = None
@@ -85,6 +86,7 @@ class StepKind:
     compared: int = 0
     teachers: tuple[ModelShape | DrawShape, ...] = ()
     extra_scorers: tuple[str, ...] = ("policy", "reference")
+    guided: int = 0
 
 
 def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Module] = ()) -> StepKind:
@@ -115,14 +117,16 @@ def _kind_of_pictures(policy: nn.Module, objective: Objective, teachers: Sequenc
     cfg, lora = policy.cfg, policy.cfg.lora.enabled
     shape = shape_of_denoiser(policy.denoiser, cfg.resolution, policy.trainable() if lora else None)
     beside = tuple(shape_of_denoiser(teacher.denoiser, cfg.resolution) for teacher in teachers) if shape else ()
-    return picture_kind(cfg, objective, shape, tuple(filter(None, beside)))
+    sampling = getattr(policy, "sampling", None)
+    return picture_kind(cfg, objective, shape, tuple(filter(None, beside)), sampling.guidance.blank if sampling else 0)
 
 
-def picture_kind(cfg: ModelConfig, objective: Objective, shape: DrawShape | None, teachers: tuple[DrawShape, ...] = ()) -> StepKind:
+def picture_kind(cfg: ModelConfig, objective: Objective, shape: DrawShape | None, teachers: tuple[DrawShape, ...] = (),
+                 guided: int = 0) -> StepKind:
     """How pictures are trained on with a model of this `shape`."""
     return StepKind(
         shape, "draws", frozen=cfg.frozen, recompute=cfg.gradient_checkpointing, twice=objective.coupling == "global",
-        reference="reference" in objective.quantities, teachers=teachers, extra_scorers=objective.extra_scorers,
+        reference="reference" in objective.quantities, teachers=teachers, extra_scorers=objective.extra_scorers, guided=guided,
     )
 
 
@@ -173,7 +177,7 @@ def _effort(micro: MicroBatch, how: StepKind) -> Effort:
 
 
 def _effort_of_pictures(micro: MicroBatch, how: StepKind) -> Effort:
-    """The same of pictures: each draw is one pass through the network, and nothing is padded."""
+    """The same of pictures: each draw is one pass through the network, or with guidance two, and nothing is padded."""
     everything, micro = micro, micro.part("policy", how.extra_scorers)
     draws, rows = float(micro.trained.sum()), float(len(micro.rows))
     taught = float(micro.trained[micro.gradient].sum())
@@ -182,11 +186,14 @@ def _effort_of_pictures(micro: MicroBatch, how: StepKind) -> Effort:
     executed = how.shape.step(taught if how.twice else draws, how.frozen) + how.twice * how.shape.forward(draws)
     if how.recompute:
         executed += how.shape.forward(taught if how.twice else draws)
+    blank = (0.0, how.shape.forward(draws), how.shape.step(draws, how.frozen))[how.guided]
+    executed += blank + (how.recompute and how.guided == 2) * how.shape.forward(draws)
     if how.reference and "reference" not in micro.stored:
-        executed += how.shape.forward(float(everything.part("reference", how.extra_scorers).trained.sum()), adapted=False)
+        asked = float(everything.part("reference", how.extra_scorers).trained.sum())
+        executed += (1 + (how.guided > 0)) * how.shape.forward(asked, adapted=False)
     if "teacher" not in micro.stored:
         executed += sum(teacher.forward(draws) for teacher in how.teachers)
-    ideal = how.shape.step(taught, how.frozen) + how.shape.forward(draws - taught)
+    ideal = how.shape.step(taught, how.frozen) + how.shape.forward(draws - taught) + blank
     return Effort(rows, draws if rows else 0.0, draws, ideal if rows else 0.0, executed)
 
 

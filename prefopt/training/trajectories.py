@@ -75,7 +75,7 @@ class TrajectorySource:
         self.of_prompt: list[list[int]] = []  # rows of each of the round's prompts
         self.metrics: dict[str, float] = {}
         self.waited = 0.0
-        self.sampling(0)  # what is wrong about it is said before anything is drawn
+        engine.policy.sampling = self.sampling(0)  # what is wrong about it is said before anything is drawn
 
     def sampling(self, number: int) -> Sampling:
         """Of round `number`: its window is the same for all pictures."""

@@ -114,7 +114,7 @@ ROUND = [{"step": 50, "split": "train", "rollout/reward": 0.5, "pictures": 100, 
 def hacked(reward=(0.2, 0.9), half=0.1, **others):
     """Two evaluations of a run that learns from what a reward says of its pictures; every reward has an interval of +- `half`."""
     pairs = {"reward": reward, **others}
-    for key in [k for k in pairs if k in ("reward", "true_reward", "prompt_match")]:
+    for key in [k for k in pairs if k in ("reward", "true_reward", "prompt_match") or k.startswith("held_out/")]:
         pairs |= {f"{key}_low": [v - half for v in pairs[key]], f"{key}_high": [v + half for v in pairs[key]]}
     return ROUND + two_evals(**pairs)
 
@@ -122,6 +122,8 @@ def hacked(reward=(0.2, 0.9), half=0.1, **others):
 @pytest.mark.parametrize("rows", [
     hacked(true_reward=(1.0, 0.2)),
     hacked(prompt_match=(0.9, 0.5)),
+    hacked(true_reward=(1.0, 1.4), **{"held_out/brisque": (-20.0, -22.0)}),
+    hacked(true_reward=(1.0, 1.4), **{"held_out/brisque": (-20.0, -19.0), "held_out/look": (0.5, 0.1)}),
     hacked(variety=(1.0, 0.99 - limits.VARIETY_FALL)),
     hacked(high_frequency=(0.02, 0.021 * limits.DETAIL_GROWTH)),
 ])
@@ -131,12 +133,19 @@ def test_a_reward_that_rises_alone_is_hacked(rows):
 
 @pytest.mark.parametrize("rows", [
     hacked(true_reward=(1.0, 1.4), prompt_match=(0.8, 0.9), variety=(1.0, 1.0), high_frequency=(0.02, 0.02)),
-    hacked(true_reward=(1.0, 0.95)),  # within its noise
+    hacked(true_reward=(1.0, 0.95), **{"held_out/brisque": (-20.0, -19.0)}),  # within its noise
     hacked(reward=(0.2, 0.25), true_reward=(1.0, 0.2)),  # what is trained on did not rise
     hacked(variety=(1.0, 1.3), high_frequency=(0.02, 0.01)),
     two_evals(reward=(0.2, 0.9), true_reward=(1.0, 0.2)),  # it does not learn from its own pictures
 ])
 def test_rewards_that_rise_together_are_not(rows):
+    assert "reward_hacking" not in names(rows)
+
+
+def test_a_part_of_the_trained_reward_may_fall_for_the_others():
+    """The known reward weighs the look itself; of another reward that is trained on, it is a judge."""
+    rows = ROUND + two_evals(true_reward=(0.2, 0.9), true_reward_low=(0.1, 0.8), true_reward_high=(0.3, 1.0),
+                             **{"held_out/look": (0.5, 0.1), "held_out/look_low": (0.4, 0.0), "held_out/look_high": (0.6, 0.2)})
     assert "reward_hacking" not in names(rows)
 
 

@@ -235,13 +235,14 @@ def test_insert_replaces_what_stands_between_markers():
 
 
 PICTURES = ("diffusion-cpu", "diffusion-gpu")
+ROLLOUTS = ("", "-gpu")
 
 
 def test_render_writes_tables_and_a_plot(tmp_path):
     found, _ = result(tmp_path)
     (tmp_path / "img").mkdir()
     (tmp_path / "bench-cpu.json").write_text(json.dumps(found))
-    marked = (*report.MODES, "head", *PICTURES)
+    marked = (*report.MODES, "head", *PICTURES, *(f"diffusion-rollout{end}" for end in ROLLOUTS))
     (tmp_path / "performance.md").write_text("".join(f"<!-- bench-{m} -->\n<!-- /bench-{m} -->\n" for m in marked))
     report.render(tmp_path)
     page, plot = (tmp_path / "performance.md").read_text(), (tmp_path / "img" / "bench-cpu.svg").read_text()
@@ -258,6 +259,8 @@ def test_the_page_says_what_the_json_says():
     assert report.insert(page, "bench-head", report.head_block(ROOT / "docs")) == page, "make bench-docs"
     for where in ("cpu", "gpu"):
         assert report.insert(page, f"bench-diffusion-{where}", report.pictures_block(ROOT / "docs", where)) == page, "make bench-docs"
+    for end in ROLLOUTS:
+        assert report.insert(page, f"bench-diffusion-rollout{end}", report.rollout_block(ROOT / "docs", end)) == page, "make bench-docs"
     for mode in report.MODES:
         assert report.insert(page, f"bench-{mode}", report.block(ROOT / "docs", mode)) == page, "make bench-docs"
         if (path := ROOT / "docs" / f"bench-{mode}.json").is_file():

@@ -339,7 +339,7 @@ def test_states_of_a_path_are_spread_over_it_and_shared_by_its_draws(folder):
     sites = sites_of(policy, toy.rows(policy, 1), reference)
     assert set(sites.t.tolist()) <= set(grid(policy.process, 6)[1:].tolist()) and len(set(sites.t[:6].tolist())) >= 4
     last = grid(policy.process, 6).tolist().index(int(sites.t.max()))
-    assert asked == [2] * 2 * last and sites.guidance.scale == 2
+    assert asked == [4] * last and sites.guidance.scale == 2, "both predictions of guidance are of one call"
 
 
 # ---- what is refused ------------------------------------------------------------------------------------

@@ -93,12 +93,14 @@ def test_samples_are_described_as_pictures(accelerator):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]
     samples = [{"id": i, "prompt": f"p{i}", "image": image, "reward": 0.1 * i, "log_ratio": 0.2} for i, image in enumerate(images)]
-    judge.rewards, judge.parts = {"true_reward": lambda examples: []}, lambda prompt, image: {"count": float(prompt == "p1"), "colour": 1.0}
+    judge.rewards = {"true_reward": lambda examples: []}
+    judge.parts = lambda prompt, image: {"count": float(prompt == "p1"), "colour": 1.0, "aesthetic": -0.5}
     found = judge.describe(samples, {i: dict(s, reward=0.15) for i, s in enumerate(samples)})
     assert set(found) == {"true_reward", "win_rate", "kl", "saturation", "high_frequency", "variety", "start_distance", "match/count",
-                          "match/colour", "prompt_match", "all_parts"}  # fmt: skip
+                          "match/colour", "prompt_match", "all_parts", "held_out/look"}  # fmt: skip
     assert found["start_distance"].tolist() == [0, 0, 0, 0], "the same pictures"
     assert found["win_rate"].tolist() == [0, 0, 1, 1] and found["match/count"].tolist() == [0, 1, 0, 0]
     assert found["prompt_match"].tolist() == [0.5, 1, 0.5, 0.5] and found["all_parts"].tolist() == [0, 1, 0, 0]
+    assert found["held_out/look"].tolist() == [-0.5] * 4, "no part of what was asked for"
     assert found["saturation"].tolist() == picture_measures.saturation(images).tolist()
     assert {len(values) for values in found.values()} == {4}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prefopt.config.schema import DataConfig, RewardConfig
+from prefopt.config.rounds import check_picture_rewards
+from prefopt.config.schema import DataConfig, EvaluationConfig, RewardConfig
 from prefopt.errors import UserError
 from prefopt.rewards.true_reward import make_rewards
 from tests.unit.test_compose import refusal
@@ -22,9 +23,37 @@ from tests.unit.test_scorers import example, pictures
     (("data=tiny-pictures", "model=tiny-diffusion", "reward=flr"), "reward=followup judges texts, and data=tiny-pictures holds pictures"),
     (("data=tiny-pictures", "model=tiny-diffusion", "reward=hpsv2"), "reward.path has no value, and reward=hpsv2 needs one"),
     (("data=tiny-pictures", "model=tiny-diffusion", "reward=brisque", "reward.path=x"), "reward.path=x is read with reward=model only"),
+    (("data=tiny-pictures", "model=tiny-diffusion", "evaluation.rewards=[clp]"), "aesthetic, brisque); did you mean 'clip'?"),
 ])  # fmt: skip
 def test_rewards_that_do_not_fit_the_data_are_refused_at_composition(overrides, said):
     assert said in refusal(*overrides)
+
+
+HELD_OUT = {  # what is asked for beside reward=brisque, and what is said
+    "clip": "clip needs the folder or hub id of its model; write clip:FOLDER_OR_HUB_ID",
+    "harmonic:x": "harmonic is none of the rewards of pictures that need no settings",
+    "brisque": "brisque is there already as reward=brisque; leave it out", "brisque:x": "takes no path; write brisque",
+    "clip:a clip:b": "clip is there already; leave it out",
+}
+
+
+@pytest.mark.parametrize(("asked", "said"), HELD_OUT.items(), ids=HELD_OUT)
+def test_held_out_rewards_that_are_none_are_refused(asked, said):
+    cfg = SimpleNamespace(reward=RewardConfig("brisque"), evaluation=EvaluationConfig(rewards=asked.split()),
+                          data=SimpleNamespace(pictures=True, name="mine"))
+    with pytest.raises(UserError, match=said):
+        check_picture_rewards(cfg)
+
+
+def test_held_out_rewards_judge_samples_of_pictures():
+    def check(shown, prompts):
+        check_picture_rewards(SimpleNamespace(reward=RewardConfig(), evaluation=EvaluationConfig(prompts=prompts, rewards=["clip:a/b"]),
+                                              data=SimpleNamespace(pictures=shown, name="mine")))
+
+    check(True, 4)
+    for shown, prompts, said in ((False, 4, "data=mine holds texts"), (True, 0, "evaluation.prompts=0 asks for none")):
+        with pytest.raises(UserError, match=said):
+            check(shown, prompts)
 
 
 def test_the_known_reward_of_a_world_of_pictures():

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt.cli import main
 from prefopt.config.schema import DataConfig, LoraConfig, ReferenceConfig
+from prefopt.data import tiny_pictures
 from prefopt.policies.denoisers import open_denoiser
 from prefopt.policies.lora_export import matrices
 from prefopt.tracking.tracker import read_jsonl
@@ -323,12 +325,37 @@ def test_latents_of_a_round_that_are_gone_are_named(run, tmp_path, monkeypatch, 
     assert "round-000000.safetensors is missing, and the run stopped in the middle of that round" in capsys.readouterr().err
 
 
-def test_a_run_of_rounds_has_a_board(run, tmp_path):
-    """Pictures at the start are at no distance from themselves; what the run's page shows of hacking is made of its own rows."""
-    assert run("run", "algo=online_diffusion_dpo", "optim.lr=1e-2", *ROUNDS, "train.steps=4", "evaluation.prompts=4") == 0
+class Package:
+    """What the package brisque gives, for pictures that are the better the darker they are."""
+
+    def __init__(self, url: bool):
+        self.scale_features = lambda features: features
+
+    def score(self, pixels: np.ndarray) -> float:
+        return 100 * pixels.mean() / 255
+
+
+def test_a_run_of_rounds_has_a_board(run, tmp_path, monkeypatch):
+    """Pictures at the start are at no distance from themselves; what the run's page shows of hacking is made of its own rows, with the
+    rewards that nothing is trained on: the parts that the world knows, and those that were asked for."""
+    monkeypatch.setitem(sys.modules, "brisque", SimpleNamespace(BRISQUE=Package))
+    assert run("run", "algo=online_diffusion_dpo", "optim.lr=1e-2", *ROUNDS, "train.steps=4", "evaluation.prompts=4",
+               "evaluation.rewards=[brisque]") == 0
     first, last = (r for r in rows(tmp_path / "run", "eval") if "start_distance" in r)
     assert first["start_distance"] == 0 < last["start_distance"]
     train_rows = rows(tmp_path / "run")
     assert [r["samples"] for r in train_rows] == [8] * 4 and all(math.isfinite(r["rollout/reward"]) for r in train_rows)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Hacking board" in page and "Distance from the start" in page
+    for step, row in ((0, first), (4, last)):
+        images = [Image.open(p).convert("RGB") for p in sorted((tmp_path / "run" / "samples" / f"step-{step:06d}").iterdir())]
+        captions = [s["prompt"] for s in read_jsonl(tmp_path / "run" / "samples.jsonl") if s["step"] == step]
+        looks = [tiny_pictures.measures(*pair)["aesthetic"] for pair in zip(captions, images, strict=True)]
+        darkness = [-100 * np.asarray(image).mean() / 255 for image in images]
+        for name, values in (("look", looks), ("brisque", darkness)):
+            assert row[f"held_out/{name}"] == pytest.approx(np.mean(values))
+            assert row[f"held_out/{name}_low"] < row[f"held_out/{name}"] < row[f"held_out/{name}_high"]
+    board = page[page.index("Hacking board") : page.index("Look, against the start")]
+    assert all(f"step 4: {name} " in board for name in ("true reward", "prompt match", "brisque", "look"))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["rewards"] == {"true_reward": "known of the world", "held_out/brisque": "PyPI package brisque"}
