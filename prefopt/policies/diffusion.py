@@ -34,7 +34,6 @@ from prefopt.policies.guidance import PLAIN, Guidance
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.owned import consult
-from prefopt.policies.samplers import log_prob
 from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
 from prefopt.policies.user_branch import Users
 
@@ -209,7 +208,7 @@ class DiffusionPolicy(nn.Module):
         """The same of transitions; a `divergence` is that of both Gaussians, and the objective's module, if it has one, is shown x_t."""
         sampling, x_t = sites.sampling, sites.x_t
         prediction = self.predict(x_t, policy_times(sampling, sites.step, x_t), sites.captions, sites.sizes, sampling.guidance)
-        step_logp = log_prob(sites.x_to, *sampling.gaussian(prediction, x_t, sites.step), sampling.reduction)
+        step_logp = sampling.score(prediction, x_t, sites.x_to, sites.step)
         made = {"token_logp": step_logp, "step_logp": step_logp}
         if asked is not None and asked.states:
             made["states"] = prediction.detach()

@@ -96,7 +96,7 @@ class Engine:
     def kind(self) -> StepKind:
         """What decides the FLOPs of a step, beside its batch."""
         frozen = self.teacher.models if self.teacher else []
-        return kind_of(self.policy, self.objective, [*frozen, *[self.policy] * len(self.objective.averages())])
+        return kind_of(self.policy, self.objective, [*frozen, *[self.policy] * self.objective.followed])
 
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
         """The quantities that the objective reads, for the edges of a micro-batch."""

@@ -185,7 +185,7 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
     steps = plan._steps(cfg, source)
     source = replace(source, total=steps)
     reference = _reference(cfg, scene, source, steps)
-    teachers = plan._teachers(cfg, objective) + len(objective.averages())
+    teachers = plan._teachers(cfg, objective) + objective.followed
     kind = picture_kind(cfg.model, objective, scene.shape, (scene.shape,) * teachers)
     kind = replace(kind, reference=kind.reference and reference != "stored")
 
