@@ -61,3 +61,6 @@ def _check_guidance(cfg: Any) -> None:
     if (drawn != evaluated) and not cfg.trajectory.guidance_differs:
         raise UserError(f"trajectories are drawn and trained with a guidance of {drawn:g}, and samples are evaluated with {evaluated:g}; "
                         "set trajectory.guidance and sampler.guidance alike, or trajectory.guidance_differs=true if that is meant")
+    if cfg.sampler.negative not in (None, "none") and not cfg.trajectory.guidance_differs:
+        raise UserError(f"trajectories are drawn and trained with one model, and samples are evaluated with sampler.negative="
+                        f"{cfg.sampler.negative}; leave it out, or set trajectory.guidance_differs=true if that is meant")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.config.noise import BY_A_MODEL
 from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, SamplerConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.data.latents import Encodings, encode, patient
@@ -30,14 +31,14 @@ from prefopt.errors import RunFailed
 from prefopt.objectives.base import About
 from prefopt.policies.denoisers import Denoiser
 from prefopt.policies.encoders import Encoders
-from prefopt.policies.guidance import PLAIN, Guidance
+from prefopt.policies.guidance import PLAIN, Guidance, Side
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.owned import consult
 from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
+from prefopt.policies.truncated import renoised, truncated
 from prefopt.policies.user_branch import Users
 
-BY_A_MODEL = ("inverted", "path")  # plans of noise that a model makes
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Seen:
 @dataclass
 class Sites:
     """Where N draws of a micro-batch are scored: `x_t` and `target` [N, C, h, w], `t` [N], `weight` [N]; captions and sizes for the
-    network, and the guidance that its prediction is to have."""
+    network, and the guidance that its prediction is to have. With a `huber` h above 0 the target is a picture: its latent dims are off by
+    d and count 2 (sqrt(d^2 + h^2) - h) each instead of a squared error."""
 
     x_t: Tensor
     target: Tensor
@@ -89,6 +91,7 @@ class Sites:
     captions: list[int]
     sizes: Tensor | None
     guidance: Guidance = PLAIN
+    huber: float = 0.0
 
 
 class DiffusionPolicy(nn.Module):
@@ -109,6 +112,7 @@ class DiffusionPolicy(nn.Module):
         self.users = Users(cfg.user_width) if cfg.user_width else None
         self.sampling: Sampling | None = None  # of the walks, which whoever drew them leaves here
         self.walks: dict[int, Walk] = {}
+        self.sides: tuple[Side | None, Side | None] = (None, None)  # of guidance, where others draw samples with it (`policies/negative.py`)
         self.train()
 
     @property
@@ -196,8 +200,11 @@ class DiffusionPolicy(nn.Module):
             return self._steps(micro, sites, asked)
         prediction = self.predict(sites.x_t, sites.t, sites.captions, sites.sizes, sites.guidance)
         share = 0.5 * sites.weight / micro.trained.sum(1)[micro.layout.token_edge]
-        squared = (prediction - sites.target).flatten(1).square()
-        made = {"token_logp": -share * squared.sum(1), "error": squared.mean(1)}
+        said = self.process.x0_of(prediction, sites.x_t, sites.t) if sites.huber else prediction
+        off = cost = (said - sites.target).flatten(1).square()
+        if sites.huber:
+            cost = 2 * ((off + sites.huber**2).sqrt() - sites.huber)
+        made = {"token_logp": -share * cost.sum(1), "error": off.mean(1)}
         if asked is not None and asked.states:
             made["states"] = prediction.detach()
         if asked is not None and asked.divergence:
@@ -237,7 +244,19 @@ class DiffusionPolicy(nn.Module):
         return None if sizes is None else sizes.to(self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: Guidance = PLAIN) -> Tensor:
-        """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598)."""
+        """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598);
+        other models may predict either."""
+        with guidance.conditional(self) as model:
+            prediction = model.answer(x_t, t, captions, sizes)
+        if not guidance.on:
+            return prediction
+        nothing = [self.encodings.caption_of("")] * len(captions)
+        with nullcontext() if guidance.blank_gradient else torch.no_grad(), guidance.blank(self) as model:
+            blank = model.answer(x_t, t, nothing, sizes)
+        return guidance(prediction, blank)
+
+    def answer(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None) -> Tensor:
+        """The same of this network alone and without guidance."""
         parts = [self._parts(c) for c in captions]
         said = [self.encodings.caption(caption) for caption, _ in parts]
         condition = {name: torch.stack([s[name] for s in said]) for name in said[0]}
@@ -245,12 +264,7 @@ class DiffusionPolicy(nn.Module):
             condition |= self.users.batch([user for _, user in parts])
         condition = {name: value.to(x_t.device) for name, value in condition.items()}
         with self.autocast():
-            prediction = self.denoiser.predict(x_t, t, condition, sizes).float()
-        if not guidance.on:
-            return prediction
-        with nullcontext() if guidance.blank_gradient else torch.no_grad():
-            blank = self.predict(x_t, t, [self.encodings.caption_of("")] * len(captions), sizes)
-        return guidance(prediction, blank)
+            return self.denoiser.predict(x_t, t, condition, sizes).float()
 
     def prepare(self, micro: MicroBatch, reference: Any = None) -> None:
         """Finds where the micro-batch is scored, before anybody scores it: policy and `reference` (see `policies/reference.py`) are asked
@@ -273,10 +287,11 @@ class DiffusionPolicy(nn.Module):
         if cfg.plan == "inverted" and cfg.inverter == "policy":
             made = self._inverted_sites(seen, self)
         elif reference is None:
-            raise RunFailed(f"noise.plan={cfg.plan} inverts pictures by the reference, and nobody said which that is")
+            raise RunFailed(f"noise.plan={cfg.plan} moves pictures by the reference, and nobody said which that is")
         else:
             with reference.model() as model:
-                made = (self._path_sites if cfg.plan == "path" else self._inverted_sites)(seen, model)
+                by_plan = {"path": self._path_sites, "inverted": self._inverted_sites, "truncated": self._truncated_sites}
+                made = by_plan[cfg.plan](seen, model)
         return made
 
     def _seen(self, micro: MicroBatch) -> Seen:
@@ -386,6 +401,30 @@ class DiffusionPolicy(nn.Module):
         return Sites(x, said, t.to(device), self._weight(seen, t).to(device), seen.captions, seen.sizes,
                      Guidance(cfg.inversion_guidance))
 
+    def _truncated_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
+        """Some steps of the sampler on each noised picture, noised again from there: the target is what `model` foresaw last (Self-NPO,
+        arXiv 2505.11777)."""
+        cfg, device, shape, seed = self.draws.cfg, seen.clean.device, tuple(seen.clean.shape[1:]), self.draws.seed
+        times = self.process.schedule(cfg.truncation_grid)
+        start = ((1 - seen.share) * cfg.truncation_grid).long().clamp(0, cfg.truncation_grid - 1)  # from noise to picture
+        noise = torch.stack([self.draws.noise(shape, *key) for key in seen.keys]).to(device)
+        scale, blank = cfg.truncation_guidance, [self.encodings.caption_of("")]
+
+        def foresee(x: Tensor, t: Tensor, rows: list[int]) -> Tensor:
+            said = blank * len(rows) if scale == 0 else [seen.captions[i] for i in rows]  # at 0 nothing is left of the caption
+            return model.predict(x, t, said, None if seen.sizes is None else seen.sizes[rows], Guidance(scale) if scale else PLAIN)
+
+        was_training = model.training
+        model.eval()
+        try:
+            x, target, s = truncated(self.process, foresee, seen.clean, noise, times, start, cfg.truncation)
+        finally:
+            model.train(was_training)
+        later = torch.tensor([share("later", seed, *key) for key in seen.keys], dtype=torch.float64)
+        again = torch.stack([normals(shape, "again", seed, *key) for key in seen.keys]).to(device)
+        x_r, r = renoised(self.process, x, s, later, again)
+        return Sites(x_r, target, r.to(device), self._weight(seen, r).to(device), seen.captions, seen.sizes, huber=cfg.huber)
+
     def autocast(self) -> torch.autocast:
         """bf16 products, inside the policy, so that references and sampling compute exactly as training does."""
         # Each weight is used once in a pass: keeping them in bf16 would gain nothing, and hold all of them (under ZeRO 3 as well).
@@ -413,7 +452,7 @@ class DiffusionPolicy(nn.Module):
         for (caption,) in prompts:
             seen[caption] = seen.get(caption, -1) + 1
             keys.append(("sample", seed, self._parts(caption)[0], seen[caption]))
-        latents = self.draw(prompts, keys, sampler)
+        latents = self.draw(prompts, keys, sampler, sides=self.sides)
         images, numbers, out = self.encoders().decode(latents), self.draws.numbers(held_out=True), []
         for place, ((caption,), latent, image) in enumerate(zip(prompts, latents, images, strict=True)):
             picture = address("sample", seed, caption, place, latent.numpy().tobytes())
@@ -422,9 +461,12 @@ class DiffusionPolicy(nn.Module):
         return out
 
     @torch.no_grad()
-    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, ways: list[Way] | None = None) -> Tensor:
+    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, ways: list[Way] | None = None,
+             sides: tuple[Side | None, Side | None] = (None, None)) -> Tensor:
         """Latents [B, C, h, w] of a picture for each caption, on the CPU. The noise that each starts from follows from its key. How they
-        were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps."""
+        were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps. `sides`: who
+        predicts with and without caption, where that is not this policy."""
+        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance, True, *sides)
         starts = torch.stack([normals(self.encodings.shape, *key) for key in keys])
         was_training = self.training
         self.eval()
@@ -432,17 +474,16 @@ class DiffusionPolicy(nn.Module):
             out = []
             for i in range(0, len(prompts), sampler.batch_size):
                 part = slice(i, i + sampler.batch_size)
-                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], ways).cpu())
+                out.append(self._denoise(starts[part], prompts[part], sampler.steps, guidance, keys[part], ways).cpu())
         finally:
             self.train(was_training)
         return torch.cat(out)
 
-    def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig, keys: Sequence[tuple] = (),
+    def _denoise(self, x: Tensor, prompts: list[list[int]], steps: int, guidance: Guidance, keys: Sequence[tuple] = (),
                  ways: list[Way] | None = None) -> Tensor:
         """Latents from noise: DDIM, or Euler's steps along a flow."""
         captions = [caption for (caption,) in prompts]
-        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance)
-        times = self.process.schedule(sampler.steps).expand(len(x), -1).to(self.device)
+        times = self.process.schedule(steps).expand(len(x), -1).to(self.device)
         if ways is not None:
             times = self.process.jittered(times, torch.tensor([share("jitter", *key) for key in keys], device=self.device))
         x, kept = x.to(self.device), []
