@@ -123,7 +123,7 @@ class SubjectRPO(Objective):
 class SelfNPO(Objective):
     """Self-NPO: a worse model, made by imitating pictures that a slow copy of it foresees early and badly guided (arXiv 2505.11777).
 
-    A picture's noised latents go up to five of 25 steps of the slow copy's sampler without the caption, to x_s, where it foresees y; then
+    A picture's noised latents go up to five of 25 steps of the slow copy's sampler, away from the caption, to x_s, where it foresees y; then
     x_r = alpha_r / alpha_s x_s + sqrt(sigma_r^2 - (alpha_r / alpha_s)^2 sigma_s^2) z at a later, uniform time r (noise=truncated)
     L = scale sum_d (sqrt((x0(x_r, r, c) - y)_d^2 + huber^2) - huber) = -scale log pi, the mean over pictures; scale = 1/D
     What is trained predicts *without* the caption where pictures are drawn, and the model that the run starts from with it:

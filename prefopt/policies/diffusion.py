@@ -203,7 +203,7 @@ class DiffusionPolicy(nn.Module):
         said = self.process.x0_of(prediction, sites.x_t, sites.t) if sites.huber else prediction
         off = cost = (said - sites.target).flatten(1).square()
         if sites.huber:
-            cost = 2 * ((off + sites.huber**2).sqrt() - sites.huber)
+            cost = 2 * off / ((off + sites.huber**2).sqrt() + sites.huber)  # the same without a difference of large numbers
         made = {"token_logp": -share * cost.sum(1), "error": off.mean(1)}
         if asked is not None and asked.states:
             made["states"] = prediction.detach()

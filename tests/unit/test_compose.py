@@ -66,6 +66,7 @@ def test_every_choice_composes_and_is_typed(group, name):
     if group == "trajectory" or (group, name) in (("source", "trajectories"), ("source", "candidates")):
         extra += [*PICTURES, "algo=spo_diffusion" if name in ("spo", "candidates") else "algo=flow_grpo"]
     extra += [*PICTURES, "model.user_width=2"] if (group, name) == ("adapter", "user") else []
+    extra += PICTURES if (group, name) == ("sampler", "negative") else ["algo=dpo", *PICTURES] if (group, name) == ("noise", "truncated") else []
     extra += ["model.user_width=2"] if (group, name) == ("algo", "ppd") else []
     moves = {"round": ["source=rounds"], "past": ["source=rounds"], "stage": ["transforms=curriculum"]}
     extra += moves.get(name, []) if group == "reference" else []
