@@ -48,7 +48,7 @@ NEEDS: dict[str, Callable[[ObjectiveInfo], bool]] = {
     "transforms": lambda info: "transforms" in brings(info.slug),
 }
 MODALITIES = ("llm", "diffusion")
-OF_PICTURES = ("best_of", "own", "self_play", "self_play_judged", "self_play_states", "self_rewarding")  # sources that draw
+OF_PICTURES = ("best_of", "self_play", "self_play_judged", "self_play_states", "self_rewarding")  # sources that draw
 LIST_OPTIONS = {"view": "pairs", "needs": "reference", "modality": "diffusion"}  # with an example of each
 # An objective with one of these needs is for language models only.
 TEXT_ONLY = ("tokens", "likelihood", "vocabulary", "states", "extra")

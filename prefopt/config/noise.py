@@ -30,11 +30,14 @@ class NoiseConfig:
     truncation: int = 5
     truncation_grid: int = 25
     truncation_guidance: float = 0.0
+    truncation_start: str = "noise"  # noise | picture
+    truncation_caption: bool = False
     huber: float = 1e-3
     held_out: int = 4
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "noise.truncation_start": ("noise", "picture"),
     "noise.plan": ("shared", "independent", "inverted", "path", "states", "truncated"),
     "noise.inverter": ("policy", "reference"),
     "noise.timesteps": ("uniform", "logit_normal", "importance"),

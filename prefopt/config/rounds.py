@@ -69,9 +69,6 @@ def check_picture_rounds(cfg: Any, info: ObjectiveInfo) -> None:
     if source.judge == "policy" and (source.partner == "given" or not info.needs_reference):
         raise UserError("source.judge=policy ranks a prompt's samples by how much likelier the policy finds them than at the start; it "
                         "goes with source.partner=sample and an algorithm with a reference")
-    if source.judge == "nobody" and (info.view != "demonstrations" or source.samples > 1 or source.top < 1):
-        raise UserError("source.judge=nobody takes every sample as it is; it goes with source.samples=1, source.top=1 and an algorithm that "
-                        "learns from single pictures, such as self_npo")
     if source.mix < 1 and (source.keep or info.view != "pairs"):
         raise UserError(f"source.mix={source.mix:g} mixes samples with pairs of the data; it goes with source.keep=null and an algorithm "
                         "that learns from pairs")

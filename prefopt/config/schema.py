@@ -195,7 +195,7 @@ class SourceConfig:
     labels: str = "best"  # best | sampled | soft | given
     extrapolate: float = 0.0
     partner: str = "sample"  # sample | given
-    judge: str = "reward"  # reward | policy | nobody
+    judge: str = "reward"  # reward | policy
     mix: float = 1.0
     top: float = 1.0
     guidance: Optional[float] = None
@@ -306,7 +306,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "source.writer": ("policy", "reference"),
     "source.labels": ("best", "sampled", "soft", "given"),
     "source.partner": ("sample", "given"),
-    "source.judge": ("reward", "policy", "nobody"),
+    "source.judge": ("reward", "policy"),
     **trajectory.CHOICES,
     **noise.CHOICES,
     "reference.policy": ("initial", "base"),

@@ -1,5 +1,6 @@
 """Objectives on transitions of a diffusion model's own sampling trajectories (x_t -> x_t-1), whose log-prob is `step_logp`: DDPO, DPOK,
-Flow-GRPO, D3PO, SPO and GradSPO. A completion is one transition; `Groups.reward` is its picture's advantage, as `trajectory.advantage` makes it.
+Flow-GRPO, D3PO, SPO and GradSPO. A completion is one transition; `Groups.reward` is its picture's advantage, as `trajectory.advantage`
+makes it.
 """
 
 from __future__ import annotations

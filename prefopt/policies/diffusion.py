@@ -40,7 +40,6 @@ from prefopt.policies.truncated import renoised, truncated
 from prefopt.policies.user_branch import Users
 
 
-
 @dataclass
 class Drawing:
     """A sampled picture: `branch` is how it is scored, under draws that all evaluations share."""
@@ -94,6 +93,17 @@ class Sites:
     huber: float = 0.0
 
 
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """In it, a model is not in training: nothing is dropped out."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class DiffusionPolicy(nn.Module):
     """`forward(micro)` -> `token_logp` [N] and `error` [N], the mean over latent dims of the squared error, of N draws in edge order; or of
     N transitions (`policies/trajectory.py`) `step_logp`, which is `token_logp` too."""
@@ -112,7 +122,7 @@ class DiffusionPolicy(nn.Module):
         self.users = Users(cfg.user_width) if cfg.user_width else None
         self.sampling: Sampling | None = None  # of the walks, which whoever drew them leaves here
         self.walks: dict[int, Walk] = {}
-        self.sides: tuple[Side | None, Side | None] = (None, None)  # of guidance, where others draw samples with it (`policies/negative.py`)
+        self.sides: tuple[Side | None, Side | None] = (None, None)  # of guidance, where others draw along (`policies/negative.py`)
         self.train()
 
     @property
@@ -361,12 +371,8 @@ class DiffusionPolicy(nn.Module):
             return torch.stack([normals(tuple(seen.clean.shape[1:]), "eta", self.draws.seed, group, number if apart else 0, picture, i)
                                 for group, number, picture in keys]).to(device)
 
-        was_training = model.training
-        model.eval()
-        try:
+        with resting(model):
             yield from walk(self.process, predict, seen.clean[of], reach, cfg.inversion_steps, cfg.eta, cfg.renoise, noise)
-        finally:
-            model.train(was_training)
 
     def _inverted_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
         """Each picture is brought to its draw's time, the last one of the grid that is not later; the noise is what leads there from the
@@ -402,28 +408,26 @@ class DiffusionPolicy(nn.Module):
                      Guidance(cfg.inversion_guidance))
 
     def _truncated_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
-        """Some steps of the sampler on each noised picture, noised again from there: the target is what `model` foresaw last (Self-NPO,
-        arXiv 2505.11777)."""
+        """Some steps of the sampler, noised again from there: the target is what `model` foresaw last (Self-NPO, arXiv 2505.11777)."""
         cfg, device, shape, seed = self.draws.cfg, seen.clean.device, tuple(seen.clean.shape[1:]), self.draws.seed
         times = self.process.schedule(cfg.truncation_grid)
-        start = ((1 - seen.share) * cfg.truncation_grid).long().clamp(0, cfg.truncation_grid - 1)  # from noise to picture
-        noise = torch.stack([self.draws.noise(shape, *key) for key in seen.keys]).to(device)
+        x, start = torch.stack([self.draws.noise(shape, *key) for key in seen.keys]).to(device), torch.zeros(len(seen.share)).long()
+        if cfg.truncation_start == "picture":
+            start = ((1 - seen.share) * cfg.truncation_grid).long().clamp(0, cfg.truncation_grid - 1)
+            x = self.process.noised(seen.clean, x, times[start].to(device))
         scale, blank = cfg.truncation_guidance, [self.encodings.caption_of("")]
 
         def foresee(x: Tensor, t: Tensor, rows: list[int]) -> Tensor:
             said = blank * len(rows) if scale == 0 else [seen.captions[i] for i in rows]  # at 0 nothing is left of the caption
             return model.predict(x, t, said, None if seen.sizes is None else seen.sizes[rows], Guidance(scale) if scale else PLAIN)
 
-        was_training = model.training
-        model.eval()
-        try:
-            x, target, s = truncated(self.process, foresee, seen.clean, noise, times, start, cfg.truncation)
-        finally:
-            model.train(was_training)
+        with resting(model):
+            x, target, s = truncated(self.process, foresee, x, times, start, cfg.truncation)
         later = torch.tensor([share("later", seed, *key) for key in seen.keys], dtype=torch.float64)
         again = torch.stack([normals(shape, "again", seed, *key) for key in seen.keys]).to(device)
         x_r, r = renoised(self.process, x, s, later, again)
-        return Sites(x_r, target, r.to(device), self._weight(seen, r).to(device), seen.captions, seen.sizes, huber=cfg.huber)
+        captions = seen.captions if cfg.truncation_caption else blank * len(r)
+        return Sites(x_r, target, r.to(device), self._weight(seen, r).to(device), captions, seen.sizes, huber=cfg.huber)
 
     def autocast(self) -> torch.autocast:
         """bf16 products, inside the policy, so that references and sampling compute exactly as training does."""
@@ -468,15 +472,11 @@ class DiffusionPolicy(nn.Module):
         predicts with and without caption, where that is not this policy."""
         guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance, True, *sides)
         starts = torch.stack([normals(self.encodings.shape, *key) for key in keys])
-        was_training = self.training
-        self.eval()
-        try:
-            out = []
+        out = []
+        with resting(self):
             for i in range(0, len(prompts), sampler.batch_size):
                 part = slice(i, i + sampler.batch_size)
                 out.append(self._denoise(starts[part], prompts[part], sampler.steps, guidance, keys[part], ways).cpu())
-        finally:
-            self.train(was_training)
         return torch.cat(out)
 
     def _denoise(self, x: Tensor, prompts: list[list[int]], steps: int, guidance: Guidance, keys: Sequence[tuple] = (),

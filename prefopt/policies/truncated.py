@@ -12,14 +12,13 @@ from prefopt.policies.process import Process
 LATEST = 0.999  # of a flow's process; at 1 nothing of a picture is left
 
 
-def truncated(process: Process, predict: Callable[[Tensor, Tensor, list[int]], Tensor], clean: Tensor, noise: Tensor, times: Tensor,
-              start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(last states x_s [B, ...], the pictures foreseen there [B, ...], their times s [B]), of pictures `clean` with `noise` that enter a
+def truncated(process: Process, predict: Callable[[Tensor, Tensor, list[int]], Tensor], x: Tensor, times: Tensor, start: Tensor,
+              steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(last states x_s [B, ...], the pictures foreseen there [B, ...], their times s [B]), of states `x` [B, ...] that enter a
     deterministic sampler of the schedule `times` [S + 1] at its step `start` [B] and take up to so many `steps` of it: fewer where it would
     go beyond its last prediction. `predict(x_t, t, rows)` predicts for `rows` of the batch."""
     place, end = start.clone(), torch.minimum(start + steps, torch.full_like(start, len(times) - 2))
-    x = process.noised(clean, noise, times[place].to(clean.device))
-    target = torch.empty_like(x)
+    x, target = x.clone(), torch.empty_like(x)
     while len(rows := torch.nonzero(place <= end).flatten()):
         here, t = x[rows.to(x.device)], times[place[rows]].to(x.device)
         said = predict(here, t, rows.tolist())

@@ -173,7 +173,7 @@ class PictureRounds(OnlineSource):
         return [replace(s, latent=held["latent"][k], way=ways[k]) for k, s in enumerate(samples)]
 
     def _measures(self, samples: list[Sample]) -> dict[str, float]:
-        if not samples or self.cfg.labels == "given" or self.cfg.judge == "nobody":
+        if not samples or self.cfg.labels == "given":
             return {}
         found = self._rewards(samples)
         if self.cfg.partner == "given":

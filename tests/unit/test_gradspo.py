@@ -10,11 +10,12 @@ import torch
 from prefopt.config.schema import TrainConfig
 from prefopt.objectives.trajectory import GradSPO, SPODiffusion
 from prefopt.policies.guidance import Guidance
+from prefopt.policies.reference import FrozenCopy
 from prefopt.policies.trajectory import Sampling, policy_times
 from prefopt.training.branches import Branches
 from prefopt.training.moving import Moving, moving_averages
 from prefopt.training.replay import replay_check
-from tests.toy_pictures import process_of
+from tests.toy_pictures import picture_policy, process_of
 from tests.toy_runs import fresh_accelerator
 from tests.unit.test_trajectories import make
 
@@ -126,3 +127,13 @@ def test_the_average_of_the_policy_draws(tmp_path):
             x, step = torch.stack([s[0] for s in sites]), torch.tensor([1, 2] * len(drawn.drawn))
             eps = writer.predict(x, policy_times(source.sampling(2), step, x), captions, None)
     torch.testing.assert_close(torch.stack([(s[1] + s[2]) / 2 for s in sites]), eps, atol=1e-5, rtol=1e-4)
+
+
+def test_a_copy_shares_what_is_not_trained():
+    """An average of an adapter costs the adapter, not the model that it lies on."""
+    policy = picture_policy()
+    policy.network.layers[0].weight.requires_grad_(False)
+    copied = FrozenCopy(policy).frozen.network.layers
+    assert copied[0].weight is policy.network.layers[0].weight
+    assert copied[2].weight is not policy.network.layers[2].weight and torch.equal(copied[2].weight, policy.network.layers[2].weight)
+    assert policy.network.layers[2].weight.requires_grad and not copied[2].weight.requires_grad

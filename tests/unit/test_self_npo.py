@@ -36,12 +36,12 @@ def scene(accelerator, kind="epsilon", count=6, objective=None, lr=1e-2, **noise
         for weight in policy.parameters():
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     engine = Engine(policy, objective, reference, OptimConfig(lr=lr, warmup=0.0), accelerator)
-    examples = [pictured(text, f"good.{i}", f"bad.{i}") for i, text in zip(range(count), ("a cat", "a dog", "a bird") * count)]
+    examples = [pictured(("a cat", "a dog", "a bird")[i % 3], f"good.{i}", f"bad.{i}") for i in range(count)]
     (micro,) = picture_source(policy, objective, rows_of(policy, objective, examples)).step(0)
     return engine, micro
 
 
-def by_hand(engine, micro, steps, grid, scale):
+def by_hand(engine, micro, steps, grid, scale, start_with="picture"):
     """(x_r, y, r) of each draw by itself, in the words of the paper: w + 1 is the scale of the guidance."""
     policy, teacher, p = engine.policy, engine.reference.frozen, engine.policy.process
     times, blank = p.schedule(grid), policy.encodings.caption_of("")
@@ -50,7 +50,11 @@ def by_hand(engine, micro, steps, grid, scale):
         picture, caption, group = micro.input_ids[edge, start : start + HEAD].tolist()
         key = (group, number, picture)
         place = min(int((1 - policy.draws.time(group, number)[0]) * grid), grid - 1)
-        x = p.noised(policy.encodings.latent(picture)[0][None], policy.draws.noise(policy.encodings.shape, *key)[None], times[place][None])
+        x = policy.draws.noise(policy.encodings.shape, *key)[None]
+        if start_with == "picture":
+            x = p.noised(policy.encodings.latent(picture)[0][None], x, times[place][None])
+        else:
+            place = 0
         for taken in range(steps + 1):
             t = times[place][None]
             with_caption, without = (p.x0_of(teacher.predict(x, t, [c], None), x, t) for c in (caption, blank))
@@ -70,15 +74,18 @@ def by_hand(engine, micro, steps, grid, scale):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("steps", "scale"), [(5, 0.0), (2, -4.0), (0, 1.0)])
+@pytest.mark.parametrize(("steps", "scale", "begin"), [(5, 0.0, "picture"), (2, -4.0, "picture"), (0, 1.0, "picture"), (5, -4.0, "noise")])
 @torch.no_grad()
-def test_a_picture_is_scored_where_the_papers_words_lead(kind, steps, scale):
+def test_a_picture_is_scored_where_the_papers_words_lead(kind, steps, scale, begin):
     """Also where the sampler would go beyond its last prediction; each draw by itself comes to what a batch of them does."""
     with fresh_accelerator() as accelerator:
-        engine, micro = scene(accelerator, kind, count=12, truncation=steps, truncation_grid=8, truncation_guidance=scale, draws=2)
+        engine, micro = scene(accelerator, kind, count=12, truncation=steps, truncation_grid=8, truncation_guidance=scale, draws=2,
+                              truncation_start=begin, truncation_caption=scale == 0)
         engine.score(micro)
         sites = micro.made
-        for k, (x_r, y, r) in enumerate(by_hand(engine, micro, steps, 8, scale)):
+        told = [micro.input_ids[e, int(micro.prompt[e]) + 1].item() for e in micro.layout.token_edge.tolist()]
+        assert sites.captions == (told if scale == 0 else [engine.policy.encodings.caption_of("")] * len(told))
+        for k, (x_r, y, r) in enumerate(by_hand(engine, micro, steps, 8, scale, begin)):
             assert float(sites.t[k]) == pytest.approx(r, abs=1e-9)
             torch.testing.assert_close(sites.target[k], y, atol=2e-4, rtol=2e-4)
             torch.testing.assert_close(sites.x_t[k], x_r, atol=2e-4, rtol=2e-4)
@@ -87,7 +94,7 @@ def test_a_picture_is_scored_where_the_papers_words_lead(kind, steps, scale):
 @torch.no_grad()
 def test_a_weight_of_minus_one_is_the_prediction_without_caption():
     with fresh_accelerator() as accelerator:
-        engine, micro = scene(accelerator, truncation=0, truncation_grid=8)
+        engine, micro = scene(accelerator, truncation=0, truncation_grid=8, truncation_start="picture")
         engine.score(micro)
         teacher, p, seen = engine.reference.frozen, engine.policy.process, engine.policy._seen(micro)
         t = p.schedule(8)[((1 - seen.share) * 8).long().clamp(0, 7)]
@@ -136,7 +143,7 @@ def test_the_loss_is_the_pseudo_huber_distance_of_foreseen_pictures(huber):
 def test_the_policy_comes_to_foresee_what_the_teacher_does():
     """At draws that it was not trained at; the teacher stays where it is."""
     with fresh_accelerator() as accelerator:
-        engine, micro = scene(accelerator, count=24, truncation_grid=8)
+        engine, micro = scene(accelerator, count=24, truncation_grid=8, truncation_start="picture")
         held = {name: p.clone() for name, p in engine.reference.frozen.named_parameters()}
         (new,) = picture_source(engine.policy, engine.objective, rows_of(engine.policy, engine.objective, [
             pictured(text, f"good.{i}", f"bad.{i}") for i, text in enumerate(("a cat", "a dog", "a bird") * 20)])).step(0)
@@ -219,7 +226,7 @@ def pictures(run, step):
 
 def test_a_run_is_judged_by_what_it_is_for(runs, tmp_path, capsys):
     """Samples are the start's, away from the trained model: other ones than before, and than the trained one draws alone. No KL is told."""
-    npo, path = runs[0] / "npo", runs[1]
+    npo = runs[0] / "npo"
     rows = [row for row in read_jsonl(npo / "metrics.jsonl") if row["split"] == "eval"]
     assert len(rows) == 2 and all(math.isfinite(row["true_reward"]) and "kl" not in row for row in rows)
     assert pictures(npo, 0) != pictures(npo, 2)
@@ -251,7 +258,7 @@ def test_another_run_may_be_the_negative_side(runs, tmp_path, capsys):
     (["algo=dpo", "sampler.negative=policy"], "sampler.negative=policy predicts without the caption where pictures are drawn, and model"),
     (["algo=self_npo", "model=tiny-flow", "sampler.guidance=1"], "with a guidance of 1 nobody does; set sampler.guidance=2.5"),
     (["algo=flow_grpo", "model=tiny-flow", "sampler=negative"], "samples are evaluated with sampler.negative=policy; leave it out"),
-    (["algo=mapo", "model=tiny-flow", "noise=truncated"], "noise.plan=truncated inverts pictures by the reference here, and MarginAwarePO has none"),
+    (["algo=mapo", "model=tiny-flow", "noise=truncated"], "noise.plan=truncated inverts pictures by the reference here, and"),
     (["algo=self_npo", "model=tiny-flow", "noise.huber=0"], "noise.huber=0.0: it must be above 0"),
     (["algo=gradspo", "model=tiny-diffusion", "trajectory.candidates=null"], "trajectory.candidates=null draws none; set"),
 ])
