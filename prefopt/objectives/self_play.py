@@ -123,11 +123,11 @@ class SubjectRPO(Objective):
 class SelfNPO(Objective):
     """Self-NPO: a worse model, made by imitating pictures that a slow copy of it foresees early and badly guided (arXiv 2505.11777).
 
-    Noise goes five of 25 steps of the slow copy's sampler, away from the caption, to x_s, where it foresees y; from there
+    y = x0_slow(x_s, s, guidance w + 1), x_s = where five of 25 sampling steps of the slow copy lead from noise, guided alike
     x_r = alpha_r / alpha_s x_s + sqrt(sigma_r^2 - (alpha_r / alpha_s)^2 sigma_s^2) z at a later, uniform time r (noise=truncated)
     L = scale sum_d (sqrt((x0(x_r, r) - y)_d^2 + huber^2) - huber) = -scale log pi, the mean over pictures; scale = 1/D
-    Where pictures are drawn, what is trained predicts *without* the caption, and the model that the run starts from with it:
-    eps = eps_pi(x_t, nothing) + guidance (eps_start(x_t, c) - eps_pi(x_t, nothing)) (sampler=negative). The trained one alone draws worse.
+    eps = eps_pi(x_t, nothing) + guidance (eps_start(x_t, c) - eps_pi(x_t, nothing)), which draws pictures (sampler=negative)
+    What is trained predicts without the caption, and the model that the run starts from with it; the trained one alone draws worse.
     Official code begins at noised pictures of the data, at any step (noise.truncation_start=picture; the paper: with noise), and tells the
     learning model the caption (noise.truncation_caption=true), which it is not told when it draws.
     Rewards: log pi(x), never positive. Ranges: the loss is near the mean absolute error of foreseen pictures. When: guidance, and neither
