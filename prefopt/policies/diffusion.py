@@ -470,20 +470,20 @@ class DiffusionPolicy(nn.Module):
         """Latents [B, C, h, w] of a picture for each caption, on the CPU. The noise that each starts from follows from its key. How they
         were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps. `sides`: who
         predicts with and without caption, where that is not this policy."""
-        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance, True, *sides)
         starts = torch.stack([normals(self.encodings.shape, *key) for key in keys])
         out = []
         with resting(self):
             for i in range(0, len(prompts), sampler.batch_size):
                 part = slice(i, i + sampler.batch_size)
-                out.append(self._denoise(starts[part], prompts[part], sampler.steps, guidance, keys[part], ways).cpu())
+                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], ways, sides).cpu())
         return torch.cat(out)
 
-    def _denoise(self, x: Tensor, prompts: list[list[int]], steps: int, guidance: Guidance, keys: Sequence[tuple] = (),
-                 ways: list[Way] | None = None) -> Tensor:
+    def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig, keys: Sequence[tuple] = (),
+                 ways: list[Way] | None = None, sides: tuple[Side | None, Side | None] = (None, None)) -> Tensor:
         """Latents from noise: DDIM, or Euler's steps along a flow."""
         captions = [caption for (caption,) in prompts]
-        times = self.process.schedule(steps).expand(len(x), -1).to(self.device)
+        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance, True, *sides)
+        times = self.process.schedule(sampler.steps).expand(len(x), -1).to(self.device)
         if ways is not None:
             times = self.process.jittered(times, torch.tensor([share("jitter", *key) for key in keys], device=self.device))
         x, kept = x.to(self.device), []
