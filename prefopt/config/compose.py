@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.catalogue import VIEWS, groups, modalities
 from prefopt.config.completion import primary_groups
 from prefopt.config.doctor import require_bitsandbytes
+from prefopt.config.drawing import check_negative, check_noise
 from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
+from prefopt.config.noise import BY_A_MODEL
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
 from prefopt.config.rounds import JUDGES, check_picture_rewards, check_refresh, check_rounds
 from prefopt.config.schema import BOUNDS, CHOICES, COMMANDS, PICTURE_REWARDS, REQUIRED, all_keys, nested
@@ -226,21 +228,7 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
         raise UserError(f"{info.name} reads more of a completion than its log-prob, or needs the exact one, and a diffusion model gives an "
                         "estimate of each picture's; prefopt list algo --modality diffusion lists those that it can be trained with")
     if hasattr(cfg, "noise"):
-        _check_inversion(cfg.noise, info)
-        if cfg.noise.low >= cfg.noise.high:
-            raise UserError(f"noise.low={cfg.noise.low:g} and noise.high={cfg.noise.high:g} leave no time between; low must be less")
-
-
-def _check_inversion(noise: Any, info: ObjectiveInfo) -> None:
-    """Whether an inversion has the model that it is done by, and pictures that it suits."""
-    if noise.plan not in ("inverted", "path"):
-        return
-    if "reference" not in info.quantities and (noise.plan == "path" or noise.inverter == "reference"):
-        raise UserError(f"noise.plan={noise.plan} inverts pictures by the reference here, and {info.name} has none; use noise=inverted "
-                        "(by the policy), or an algorithm with a reference (prefopt list algo --needs reference)")
-    if info.extra:
-        raise UserError(f"noise.plan={noise.plan} inverts each picture under its caption, and {info.name} compares one picture under "
-                        "several captions, which needs one noise for all; use noise=default")
+        check_noise(cfg.noise, info)
 
 
 def _check_auto(cfg: Any, info: ObjectiveInfo) -> None:
@@ -284,7 +272,7 @@ def _no_store(cfg: Any, info: ObjectiveInfo) -> str:
         return f"the reference moves (reference.refresh={cfg.reference.refresh})"
     if cfg.source.kind != "offline":
         return f"source={cfg.source.kind} trains on replies that are not written yet"
-    if cfg.model.kind == "diffusion" and cfg.noise.plan in ("inverted", "path"):
+    if cfg.model.kind == "diffusion" and cfg.noise.plan in BY_A_MODEL:
         return f"noise.plan={cfg.noise.plan} finds where pictures are scored while it trains"
     if cfg.model.kind == "diffusion" and not cfg.noise.pool:
         return "every visit of a row has new draws of noise, which nobody will meet again; choose noise=pool"
@@ -311,6 +299,7 @@ def check_quantize(model: Any) -> None:
 def _check_source(cfg: Any, info: ObjectiveInfo) -> None:
     """Whether rows are given or sampled, and whether what is sampled can be judged and used."""
     check_trajectories(cfg, info)
+    check_negative(cfg)
     source = cfg.source
     if (source.kind == "rollout") != (info.view == "groups" and not info.stepwise):
         wants = "rollout" if info.view == "groups" else "offline or source=rounds"

@@ -32,7 +32,7 @@ def check_hardware(cfg: Any, info: ObjectiveInfo) -> None:
         f"reference.refresh={cfg.reference.refresh}": cfg.reference.refresh != "never",
         f"train.ema={cfg.train.ema}": cfg.train.ema is not None,
         f"source.extrapolate={cfg.source.extrapolate:g}": bool(cfg.source.extrapolate),
-        f"{info.name}, which follows averages of the weights,": "slow" in info.quantities,
+        f"{info.name}, which follows averages of the weights,": "slow" in info.quantities or "ema_decay" in info.fields,
         f"model.quantize={model.quantize}": bool(model.quantize),
     }
     for what, asked in whole.items():

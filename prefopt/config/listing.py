@@ -217,7 +217,8 @@ def needs_lines(info: ObjectiveInfo) -> list[str]:
     """What an objective asks of data, models and batches, a sentence each."""
     lines = [f"data: {VIEWS.get(info.view, info.view)}; optional columns it uses: {', '.join(info.columns) or 'none'}"]
     for scorer, quantities in info.quantities.items():
-        lines.append(f"{scorer}: {', '.join(f'{q} ({QUANTITIES[q]})' if q in QUANTITIES else q for q in quantities)}")
+        read = ", ".join(f"{q} ({QUANTITIES[q]})" if q in QUANTITIES else q for q in quantities)
+        lines.append(f"{scorer}: {read or 'no score of it is read: it decides where others are scored'}")
     if not info.needs_reference:
         lines.append("no reference model")
     if "divergence" in info.quantities.get("policy", ()):

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Optional
 
-from prefopt.config import trajectory
+from prefopt.config import noise, trajectory
+from prefopt.config.noise import NoiseConfig
 from prefopt.config.trajectory import TrajectoryConfig
 
 REQUIRED = "???"
@@ -171,28 +172,6 @@ class RewardConfig:
 
 
 @dataclass
-class NoiseConfig:
-    plan: str = "shared"  # shared | independent | inverted | path | states
-    draws: int = 1
-    pool: Optional[int] = None
-    timesteps: str = "uniform"  # uniform | logit_normal | importance
-    low: float = 0.0
-    high: float = 1.0
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    weighting: str = "constant"  # constant | snr | min_snr | dsm
-    gamma: float = 5.0
-    dropout: float = 0.0
-    user_dropout: float = 0.0
-    inverter: str = "policy"  # policy | reference
-    inversion_steps: int = 10
-    inversion_guidance: float = 1.0
-    renoise: int = 0
-    eta: float = 0.0
-    held_out: int = 4
-
-
-@dataclass
 class SamplerConfig:
     temperature: float = 1.0
     top_p: float = 1.0
@@ -201,6 +180,7 @@ class SamplerConfig:
     batch_size: int = 64
     steps: int = 20
     guidance: Optional[float] = None
+    negative: Optional[str] = None  # none | policy | a folder
 
 
 @dataclass
@@ -329,10 +309,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "source.partner": ("sample", "given"),
     "source.judge": ("reward", "policy"),
     **trajectory.CHOICES,
-    "noise.plan": ("shared", "independent", "inverted", "path", "states"),
-    "noise.inverter": ("policy", "reference"),
-    "noise.timesteps": ("uniform", "logit_normal", "importance"),
-    "noise.weighting": ("constant", "snr", "min_snr", "dsm"),
+    **noise.CHOICES,
     "reference.policy": ("initial", "base"),
     "reference.refresh": ("never", "round", "stage", "steps", "past"),
     "reference.store": ("auto", "on", "off"),
@@ -374,6 +351,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("source.mix", "0 <= x <= 1", "in [0, 1]"),
     ("source.top", "0 < x <= 1", "in (0, 1]"),
     *trajectory.BOUNDS,
+    *noise.BOUNDS,
     ("hardware.nodes", "x >= 1", "at least 1"),
     ("hardware.processes", "x >= 1", "at least 1"),
     ("hardware.zero", "0 <= x <= 3", "in [0, 3]: a ZeRO stage, or 0 for plain data parallelism"),
@@ -391,19 +369,6 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("sampler.batch_size", "x >= 1", "at least 1"),
     ("sampler.steps", "x >= 1", "at least 1"),
     ("sampler.guidance", "x is None or x >= 0", "0 or more, or null"),
-    ("noise.draws", "x >= 1", "at least 1"),
-    ("noise.pool", "x is None or x >= 1", "at least 1, or null"),
-    ("noise.low", "0 <= x < 1", "a share of the process, in [0, 1)"),
-    ("noise.high", "0 < x <= 1", "a share of the process, in (0, 1]"),
-    ("noise.logit_std", "x > 0", "above 0"),
-    ("noise.gamma", "x > 0", "above 0"),
-    ("noise.dropout", "0 <= x < 1", "in [0, 1)"),
-    ("noise.user_dropout", "0 <= x < 1", "in [0, 1)"),
-    ("noise.inversion_steps", "x >= 1", "at least 1"),
-    ("noise.inversion_guidance", "x >= 0", "0 or more"),
-    ("noise.renoise", "x >= 0", "0 or more"),
-    ("noise.eta", "0 <= x <= 1", "in [0, 1]"),
-    ("noise.held_out", "x >= 1", "at least 1"),
     ("reference.every", "x >= 1", "at least 1"),
     ("reference.mix", "0 < x <= 1", "a share, in (0, 1]"),
     ("reference.store_limit_gb", "x is None or x >= 0", "0 or more, or null"),
@@ -460,6 +425,7 @@ class DataCheckConfig:
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     trust: TrustConfig = field(default_factory=TrustConfig)
     example: int = 0
     sheet: Optional[str] = "contact-sheet.png"

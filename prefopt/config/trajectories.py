@@ -28,7 +28,7 @@ def check_trajectories(cfg: Any, info: ObjectiveInfo) -> None:
     scored = info.stepwise or info.view == "pairs" and {q for _, wanted in info.quantities.items() for q in wanted} <= {"logp"}
     if not scored or info.coupling == "global" or info.extra or info.mismatched:
         raise UserError(f"source={KIND} gives transitions with their log-probs, and {info.name} reads more than those of a pair; choose "
-                        "flow_grpo, ddpo, dpok, d3po, spo_diffusion, or a pairwise algorithm such as dpo")
+                        "flow_grpo, ddpo, dpok, d3po, spo_diffusion, gradspo, or a pairwise algorithm such as dpo")
     window, size = trajectory.window, trajectory.window_size
     first, end = window or (0, trajectory.steps)
     if not 0 <= first < end <= trajectory.steps:
@@ -41,6 +41,9 @@ def check_trajectories(cfg: Any, info: ObjectiveInfo) -> None:
     if trajectory.candidates and not pairs:
         raise UserError(f"trajectory.candidates={trajectory.candidates} makes pairs at each step, and {info.name} reads no pairs; set "
                         "trajectory.candidates=null, or use algo=spo_diffusion")
+    if "grad_scale" in info.fields and not trajectory.candidates:
+        raise UserError(f"{info.name} learns from what made the better one of several candidates at a step, and trajectory.candidates=null "
+                        "draws none; set trajectory.candidates=4, say")
     if trajectory.candidates and trajectory.window_size:
         raise UserError(f"trajectory.candidates={trajectory.candidates} compares candidates at all steps of trajectory.window; set "
                         "trajectory.window_size=null")
@@ -58,3 +61,6 @@ def _check_guidance(cfg: Any) -> None:
     if (drawn != evaluated) and not cfg.trajectory.guidance_differs:
         raise UserError(f"trajectories are drawn and trained with a guidance of {drawn:g}, and samples are evaluated with {evaluated:g}; "
                         "set trajectory.guidance and sampler.guidance alike, or trajectory.guidance_differs=true if that is meant")
+    if cfg.sampler.negative not in (None, "none") and not cfg.trajectory.guidance_differs:
+        raise UserError(f"trajectories are drawn and trained with one model, and samples are evaluated with sampler.negative="
+                        f"{cfg.sampler.negative}; leave it out, or set trajectory.guidance_differs=true if that is meant")

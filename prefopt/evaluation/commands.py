@@ -18,6 +18,7 @@ from prefopt.evaluation import judging, pictures
 from prefopt.evaluation.revise import self_revise
 from prefopt.evaluation.reward_calibration import judge_rewards
 from prefopt.evaluation.token_rewards import export
+from prefopt.policies.negative import negative_of
 from prefopt.training import checkpoint
 from prefopt.training.judge import Judge, Judgement
 from prefopt.training.rundir import load_run_config, write_atomic
@@ -68,7 +69,8 @@ def _open_to_judge(folder: str, cfg: EvalConfig) -> Run:
     if cfg.tokens and load_run_config(Path(folder)).model.kind == "diffusion":
         raise UserError(f"tokens=true: {folder} makes pictures, which have no tokens; set tokens=false")
     kl = {"kl": True} if cfg.tokens else {}  # token rewards are against the initial policy, where there is no other reference
-    run = _open(folder, lambda c: replace(c, sampler=cfg.sampler, evaluation=replace(c.evaluation, prompts=cfg.prompts, **kl)))
+    run = _open(folder, lambda c: replace(c, sampler=negative_of(cfg.sampler, c.sampler),
+                                         evaluation=replace(c.evaluation, prompts=cfg.prompts, **kl)))
     run.judge.seed = cfg.seed
     return run
 
@@ -130,7 +132,8 @@ def _texts(run: Run) -> list[tuple[str, ...]]:
 def sample(cfg: SampleConfig) -> list[str]:
     """Prints replies of the trained policy: several to one prompt, or one each to held-out prompts. Pictures are written to files, beside
     those of the initial policy; then their paths are printed."""
-    run = _open(cfg.run, lambda c: replace(c, evaluation=replace(c.evaluation, prompts=0, kl=False), teacher=TeacherConfig()))
+    run = _open(cfg.run, lambda c: replace(c, sampler=negative_of(cfg.sampler, c.sampler), teacher=TeacherConfig(),
+                                           evaluation=replace(c.evaluation, prompts=0, kl=False)))
     policy = run.engine.policy
     if policy.quantity == "reward":
         raise UserError(f"{cfg.run} holds a reward model, which writes no replies; let it judge texts: prefopt label reward.path={cfg.run}")

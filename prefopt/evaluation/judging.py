@@ -92,6 +92,9 @@ def not_measured(judge: Judge, cfg: TrainConfig, after: Judgement) -> dict[str, 
         out["length-controlled win rate"] = "all replies are longer than the initial policy's, or all are shorter"
     if "kl" not in after.replies:
         plain = judge.sampler.temperature == judge.sampler.top_p == 1 or "image" in after.samples[0]
+        if judge.draws_another:
+            out["KL"] = "the policy is the negative side of guidance, and draws nothing alone (sampler.negative=policy)"
+            return out
         out["KL"] = "the run was made with evaluation.kl=false" if plain else "it needs samples at temperature 1 and top_p 1"
     return out
 

@@ -254,8 +254,13 @@ class Objective:
 
     def averages(self) -> dict[str, float]:
         """Scorers that are moving averages of the policy's weights -> the share of the policy that goes into each after every step. They
-        start where the policy does, and no gradient reaches them."""
+        start where the policy does, and no gradient reaches them. One that is named `writer` draws what is learned from."""
         return {}
+
+    def pull(self) -> float | None:
+        """Of steps whose candidates are compared: how far the noise that is to be predicted is moved along what makes the better candidate,
+        where that is learned from; None where the candidates themselves are."""
+        return None
 
     def build(self, about: About) -> Any:
         """The `nn.Module` that this objective trains beside the policy, or None. `module(layout, hidden [N, d], layers [N, L, d] or None)`,
@@ -279,6 +284,11 @@ class Objective:
     def stepwise(self) -> bool:
         """Whether its completions are transitions of a sampler, with the quantity `step_logp`."""
         return "step_logp" in self.quantities["policy"]
+
+    @property
+    def followed(self) -> int:
+        """How many averages of the policy's weights score what is trained on; others only draw it."""
+        return sum(name in self.quantities for name in self.averages())
 
     @property
     def states_of(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Objectives on a given picture and one that a model of the run has drawn: Diffusion-DRO, SePPO, RPO for subjects.
+"""Objectives on a given picture and one that a model of the run has drawn: Diffusion-DRO, SePPO, RPO for subjects, Self-NPO.
 
 A picture's log-prob is -1/2 of the squared error of the network's prediction, summed over its D latent dims (`policies/diffusion.py`), so
 the mean squared error of papers is e = -scale log pi with scale = 2/D, written so in `conf/algo`.
@@ -117,3 +117,37 @@ class SubjectRPO(Objective):
         preference = logistic(self.beta * (ratio[pairs.chosen] - ratio[pairs.rejected]), pairs.label)
         error = -self.scale * batch.logp()[pairs.chosen]
         return Terms([Term("error", error, "pair", self.imitation), Term("preference", preference, "pair")])
+
+
+@dataclass
+class SelfNPO(Objective):
+    """Self-NPO: a worse model, made by imitating pictures that a slow copy of it foresees early and badly guided (arXiv 2505.11777).
+
+    y = x0_slow(x_s, s, guidance w + 1), x_s = where five of 25 sampling steps of the slow copy lead from noise, guided alike
+    x_r = alpha_r / alpha_s x_s + sqrt(sigma_r^2 - (alpha_r / alpha_s)^2 sigma_s^2) z at a later, uniform time r (noise=truncated)
+    L = scale sum_d (sqrt((x0(x_r, r) - y)_d^2 + huber^2) - huber) = -scale log pi, the mean over pictures; scale = 1/D
+    eps = eps_pi(x_t, nothing) + guidance (eps_start(x_t, c) - eps_pi(x_t, nothing)), which draws pictures (sampler=negative)
+    What is trained predicts without the caption, and the model that the run starts from with it; the trained one alone draws worse.
+    Official code begins at noised pictures of the data, at any step (noise.truncation_start=picture; the paper: with noise), and tells the
+    learning model the caption (noise.truncation_caption=true), which it is not told when it draws.
+    Rewards: log pi(x), never positive. Ranges: the loss is near the mean absolute error of foreseen pictures. When: guidance, and neither
+    preferences nor a reward. Limits: how much worse is for samples to say; too much of it spoils them.
+    """
+
+    scale: float = 1 / 16384
+
+    view: ClassVar = "demonstrations"
+    quantities: ClassVar = {"policy": ("logp",), "reference": ()}
+    pictures: ClassVar[bool] = True
+    starts_level: ClassVar = False  # errors differ from picture to picture
+    paper: ClassVar = "2505.11777"
+    require: ClassVar = ("scale > 0",)
+    formula: ClassVar = {"regression": "-scale*y"}
+    golden: ClassVar = (({"y": -8, "n": 1, "scale": 0.25}, 2),)
+
+    def __call__(self, batch: Batch) -> Terms:
+        trained = batch.tokens_of(batch.demonstrations.edge)  # a picture's draws, each of which stands for their mean
+        return Terms([Term("regression", -batch.logp()[batch.token_edge[trained]], "token", self.scale)])
+
+    def rewards(self, batch: Batch) -> Tensor:
+        return batch.logp().detach()

@@ -1,5 +1,6 @@
 """Objectives on transitions of a diffusion model's own sampling trajectories (x_t -> x_t-1), whose log-prob is `step_logp`: DDPO, DPOK,
-Flow-GRPO and D3PO. A completion is one transition; `Groups.reward` is its picture's advantage, as `trajectory.advantage` makes it.
+Flow-GRPO, D3PO, SPO and GradSPO. A completion is one transition; `Groups.reward` is its picture's advantage, as `trajectory.advantage`
+makes it.
 """
 
 from __future__ import annotations
@@ -236,3 +237,35 @@ class SPODiffusion(D3PO):
     beta: float = 10.0
 
     paper: ClassVar = "2406.04314"
+
+
+@dataclass
+class GradSPO(SPODiffusion):
+    """GradSPO: the noise prediction at a step is drawn towards what made its best candidate (Tee et al., NeurIPS 2025, no arXiv number).
+
+    g = (z_best - z_worst) / 2, of the normal numbers that made best and worst candidate at x_t
+    q_w = eps_avg(x_t) - grad_scale sigma_t g, q_l = eps_avg(x_t) + grad_scale sigma_t g, held constant; eps_avg draws the candidates
+    l(q) = -mean (eps(x_t) - q)^2, over latent dims (`step_logp`); r(q) = log clip(exp(l(q) - l_ref(q)), 1-epsilon, 1+epsilon)
+    L = -log sigmoid(beta [r(q_w) - r(q_l)]), the mean over pairs
+    Inside the band the logit is -4 beta grad_scale sigma_t mean g (eps - eps_ref): eps_avg matters for the band alone. The model that draws
+    is a moving average of the policy, eps_avg <- ema_decay eps_avg + (1 - ema_decay) eps after each step, in weights. Official code asks it
+    anew at each step; here its prediction is kept with the round, which is the same where a round is one step.
+    Rewards: beta (l - l_ref). Ranges: `clipped`, losses and gradient as spo_diffusion's. When: as spo_diffusion, with half as much noise in
+    g and steps weighted by their noise alone. Limits: as spo_diffusion; of a flow nothing is learned at t = 1, where its noise is known.
+    """
+
+    grad_scale: float = 0.5
+    ema_decay: float = 0.9
+
+    paper: ClassVar = ""
+    require: ClassVar = (*SPODiffusion.require, "grad_scale >= 0", "0 <= ema_decay < 1")
+    golden: ClassVar = (  # D = 1, eps_avg = 0.2, grad_scale sigma g = 0.4, eps_ref = 0.1 and eps = 0.12 or 0.3
+        ({"w": -0.1024, "rw": -0.09, "l": -0.2304, "rl": -0.25, "beta": 10, "epsilon": 0.1}, 0.865893),
+        ({"w": -0.25, "rw": -0.09, "l": -0.09, "rl": -0.25, "beta": 10, "epsilon": 0.1}, 2.132838),
+    )
+
+    def averages(self) -> dict[str, float]:
+        return {"writer": 1 - self.ema_decay}
+
+    def pull(self) -> float:
+        return self.grad_scale

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefopt.config.noise import BY_A_MODEL
 from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, SamplerConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.data.latents import Encodings, encode, patient
@@ -30,15 +31,13 @@ from prefopt.errors import RunFailed
 from prefopt.objectives.base import About
 from prefopt.policies.denoisers import Denoiser
 from prefopt.policies.encoders import Encoders
-from prefopt.policies.guidance import PLAIN, Guidance
+from prefopt.policies.guidance import PLAIN, Guidance, Side
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.owned import consult
-from prefopt.policies.samplers import log_prob
 from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
+from prefopt.policies.truncated import renoised, truncated
 from prefopt.policies.user_branch import Users
-
-BY_A_MODEL = ("inverted", "path")  # plans of noise that a model makes
 
 
 @dataclass
@@ -81,7 +80,8 @@ class Seen:
 @dataclass
 class Sites:
     """Where N draws of a micro-batch are scored: `x_t` and `target` [N, C, h, w], `t` [N], `weight` [N]; captions and sizes for the
-    network, and the guidance that its prediction is to have."""
+    network, and the guidance that its prediction is to have. With a `huber` h above 0 the target is a picture: its latent dims are off by
+    d and count 2 (sqrt(d^2 + h^2) - h) each instead of a squared error."""
 
     x_t: Tensor
     target: Tensor
@@ -90,6 +90,18 @@ class Sites:
     captions: list[int]
     sizes: Tensor | None
     guidance: Guidance = PLAIN
+    huber: float = 0.0
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """In it, a model is not in training: nothing is dropped out."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class DiffusionPolicy(nn.Module):
@@ -110,6 +122,7 @@ class DiffusionPolicy(nn.Module):
         self.users = Users(cfg.user_width) if cfg.user_width else None
         self.sampling: Sampling | None = None  # of the walks, which whoever drew them leaves here
         self.walks: dict[int, Walk] = {}
+        self.sides: tuple[Side | None, Side | None] = (None, None)  # of guidance, where others draw along (`policies/negative.py`)
         self.train()
 
     @property
@@ -197,8 +210,11 @@ class DiffusionPolicy(nn.Module):
             return self._steps(micro, sites, asked)
         prediction = self.predict(sites.x_t, sites.t, sites.captions, sites.sizes, sites.guidance)
         share = 0.5 * sites.weight / micro.trained.sum(1)[micro.layout.token_edge]
-        squared = (prediction - sites.target).flatten(1).square()
-        made = {"token_logp": -share * squared.sum(1), "error": squared.mean(1)}
+        said = self.process.x0_of(prediction, sites.x_t, sites.t) if sites.huber else prediction
+        off = cost = (said - sites.target).flatten(1).square()
+        if sites.huber:
+            cost = 2 * off / ((off + sites.huber**2).sqrt() + sites.huber)  # the same without a difference of large numbers
+        made = {"token_logp": -share * cost.sum(1), "error": off.mean(1)}
         if asked is not None and asked.states:
             made["states"] = prediction.detach()
         if asked is not None and asked.divergence:
@@ -209,7 +225,7 @@ class DiffusionPolicy(nn.Module):
         """The same of transitions; a `divergence` is that of both Gaussians, and the objective's module, if it has one, is shown x_t."""
         sampling, x_t = sites.sampling, sites.x_t
         prediction = self.predict(x_t, policy_times(sampling, sites.step, x_t), sites.captions, sites.sizes, sampling.guidance)
-        step_logp = log_prob(sites.x_to, *sampling.gaussian(prediction, x_t, sites.step), sampling.reduction)
+        step_logp = sampling.score(prediction, x_t, sites.x_to, sites.step)
         made = {"token_logp": step_logp, "step_logp": step_logp}
         if asked is not None and asked.states:
             made["states"] = prediction.detach()
@@ -239,18 +255,22 @@ class DiffusionPolicy(nn.Module):
 
     def predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None, guidance: Guidance = PLAIN) -> Tensor:
         """The network's prediction, fp32. Under `guidance` it is that without caption and user, and from there further on (2207.12598); one
-        call makes both, unless only one of them is to have a graph."""
+        call makes both, unless only one of them is to have a graph. Other models may predict either."""
         if not guidance.on:
-            return self._predict(x_t, t, captions, sizes)
-        blank = [self.encodings.caption_of("")] * len(captions)
-        if guidance.blank_gradient or not torch.is_grad_enabled():
+            with guidance.conditional(self) as model:
+                return model.answer(x_t, t, captions, sizes)
+        nothing = [self.encodings.caption_of("")] * len(captions)
+        alike = guidance.blank_gradient or not torch.is_grad_enabled()
+        if alike and guidance.positive is guidance.negative is None:
             twice = [None if part is None else torch.cat([part, part]) for part in (x_t, t, sizes)]
-            return guidance(*self._predict(*twice[:2], captions + blank, twice[2]).chunk(2))
-        with torch.no_grad():
-            without = self._predict(x_t, t, blank, sizes)
-        return guidance(self._predict(x_t, t, captions, sizes), without)
+            return guidance(*self.answer(*twice[:2], captions + nothing, twice[2]).chunk(2))
+        with nullcontext() if guidance.blank_gradient else torch.no_grad(), guidance.blank(self) as model:
+            blank = model.answer(x_t, t, nothing, sizes)
+        with guidance.conditional(self) as model:
+            return guidance(model.answer(x_t, t, captions, sizes), blank)
 
-    def _predict(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None) -> Tensor:
+    def answer(self, x_t: Tensor, t: Tensor, captions: list[int], sizes: Tensor | None) -> Tensor:
+        """The same of this network alone and without guidance."""
         parts = [self._parts(c) for c in captions]
         said = [self.encodings.caption(caption) for caption, _ in parts]
         condition = {name: torch.stack([s[name] for s in said]) for name in said[0]}
@@ -281,10 +301,11 @@ class DiffusionPolicy(nn.Module):
         if cfg.plan == "inverted" and cfg.inverter == "policy":
             made = self._inverted_sites(seen, self)
         elif reference is None:
-            raise RunFailed(f"noise.plan={cfg.plan} inverts pictures by the reference, and nobody said which that is")
+            raise RunFailed(f"noise.plan={cfg.plan} moves pictures by the reference, and nobody said which that is")
         else:
             with reference.model() as model:
-                made = (self._path_sites if cfg.plan == "path" else self._inverted_sites)(seen, model)
+                by_plan = {"path": self._path_sites, "inverted": self._inverted_sites, "truncated": self._truncated_sites}
+                made = by_plan[cfg.plan](seen, model)
         return made
 
     def _seen(self, micro: MicroBatch) -> Seen:
@@ -354,12 +375,8 @@ class DiffusionPolicy(nn.Module):
             return torch.stack([normals(tuple(seen.clean.shape[1:]), "eta", self.draws.seed, group, number if apart else 0, picture, i)
                                 for group, number, picture in keys]).to(device)
 
-        was_training = model.training
-        model.eval()
-        try:
+        with resting(model):
             yield from walk(self.process, predict, seen.clean[of], reach, cfg.inversion_steps, cfg.eta, cfg.renoise, noise)
-        finally:
-            model.train(was_training)
 
     def _inverted_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
         """Each picture is brought to its draw's time, the last one of the grid that is not later; the noise is what leads there from the
@@ -394,6 +411,28 @@ class DiffusionPolicy(nn.Module):
         return Sites(x, said, t.to(device), self._weight(seen, t).to(device), seen.captions, seen.sizes,
                      Guidance(cfg.inversion_guidance))
 
+    def _truncated_sites(self, seen: Seen, model: DiffusionPolicy) -> Sites:
+        """Some steps of the sampler, noised again from there: the target is what `model` foresaw last (Self-NPO, arXiv 2505.11777)."""
+        cfg, device, shape, seed = self.draws.cfg, seen.clean.device, tuple(seen.clean.shape[1:]), self.draws.seed
+        times = self.process.schedule(cfg.truncation_grid)
+        x, start = torch.stack([self.draws.noise(shape, *key) for key in seen.keys]).to(device), torch.zeros(len(seen.share)).long()
+        if cfg.truncation_start == "picture":
+            start = ((1 - seen.share) * cfg.truncation_grid).long().clamp(0, cfg.truncation_grid - 1)
+            x = self.process.noised(seen.clean, x, times[start].to(device))
+        scale, blank = cfg.truncation_guidance, [self.encodings.caption_of("")]
+
+        def foresee(x: Tensor, t: Tensor, rows: list[int]) -> Tensor:
+            said = blank * len(rows) if scale == 0 else [seen.captions[i] for i in rows]  # at 0 nothing is left of the caption
+            return model.predict(x, t, said, None if seen.sizes is None else seen.sizes[rows], Guidance(scale) if scale else PLAIN)
+
+        with resting(model):
+            x, target, s = truncated(self.process, foresee, x, times, start, cfg.truncation)
+        later = torch.tensor([share("later", seed, *key) for key in seen.keys], dtype=torch.float64)
+        again = torch.stack([normals(shape, "again", seed, *key) for key in seen.keys]).to(device)
+        x_r, r = renoised(self.process, x, s, later, again)
+        captions = seen.captions if cfg.truncation_caption else blank * len(r)
+        return Sites(x_r, target, r.to(device), self._weight(seen, r).to(device), captions, seen.sizes, huber=cfg.huber)
+
     def autocast(self) -> torch.autocast:
         """bf16 products, inside the policy, so that references and sampling compute exactly as training does."""
         # Each weight is used once in a pass: keeping them in bf16 would gain nothing, and hold all of them (under ZeRO 3 as well).
@@ -421,7 +460,7 @@ class DiffusionPolicy(nn.Module):
         for (caption,) in prompts:
             seen[caption] = seen.get(caption, -1) + 1
             keys.append(("sample", seed, self._parts(caption)[0], seen[caption]))
-        latents = self.draw(prompts, keys, sampler)
+        latents = self.draw(prompts, keys, sampler, sides=self.sides)
         images, numbers, out = self.encoders().decode(latents), self.draws.numbers(held_out=True), []
         for place, ((caption,), latent, image) in enumerate(zip(prompts, latents, images, strict=True)):
             picture = address("sample", seed, caption, place, latent.numpy().tobytes())
@@ -430,26 +469,24 @@ class DiffusionPolicy(nn.Module):
         return out
 
     @torch.no_grad()
-    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, ways: list[Way] | None = None) -> Tensor:
+    def draw(self, prompts: list[list[int]], keys: Sequence[tuple], sampler: SamplerConfig, ways: list[Way] | None = None,
+             sides: tuple[Side | None, Side | None] = (None, None)) -> Tensor:
         """Latents [B, C, h, w] of a picture for each caption, on the CPU. The noise that each starts from follows from its key. How they
-        were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps."""
+        were drawn is added to `ways`, if these are asked for; the times of each are then moved about within their steps. `sides`: who
+        predicts with and without caption, where that is not this policy."""
         starts = torch.stack([normals(self.encodings.shape, *key) for key in keys])
-        was_training = self.training
-        self.eval()
-        try:
-            out = []
+        out = []
+        with resting(self):
             for i in range(0, len(prompts), sampler.batch_size):
                 part = slice(i, i + sampler.batch_size)
-                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], ways).cpu())
-        finally:
-            self.train(was_training)
+                out.append(self._denoise(starts[part], prompts[part], sampler, keys[part], ways, sides).cpu())
         return torch.cat(out)
 
     def _denoise(self, x: Tensor, prompts: list[list[int]], sampler: SamplerConfig, keys: Sequence[tuple] = (),
-                 ways: list[Way] | None = None) -> Tensor:
+                 ways: list[Way] | None = None, sides: tuple[Side | None, Side | None] = (None, None)) -> Tensor:
         """Latents from noise: DDIM, or Euler's steps along a flow."""
         captions = [caption for (caption,) in prompts]
-        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance)
+        guidance = Guidance(self.cfg.guidance if sampler.guidance is None else sampler.guidance, True, *sides)
         times = self.process.schedule(sampler.steps).expand(len(x), -1).to(self.device)
         if ways is not None:
             times = self.process.jittered(times, torch.tensor([share("jitter", *key) for key in keys], device=self.device))

@@ -119,7 +119,8 @@ class FrozenCopy:
     how = "frozen copy"
 
     def __init__(self, policy: nn.Module):
-        self.policy, self.frozen = policy, copy.deepcopy(policy).eval().requires_grad_(False)
+        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}  # what an adapter lies on is the same for both
+        self.policy, self.frozen = policy, copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
     def model(self) -> AbstractContextManager:
         """In it, the model that it gives scores as the reference does."""

@@ -54,15 +54,16 @@ def log_prob(x_to: Tensor, mean: Tensor, std: Tensor, reduction: str = "mean") -
     gradient."""
     std = _shaped(std, mean)
     each = -(x_to.detach() - mean).square() / (2 * std.square()) - std.log() - HALF_LOG_2PI
-    return _reduced(each, reduction)
+    return reduced(each, reduction)
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor, reduction: str = "mean") -> Tensor:
     """[B] KL of N(mean, std^2) from N(other, std^2), nats: (mean - other)^2 / (2 std^2), summed or averaged over latent dims."""
-    return _reduced((mean - other).square() / (2 * _shaped(std, mean).square()), reduction)
+    return reduced((mean - other).square() / (2 * _shaped(std, mean).square()), reduction)
 
 
-def _reduced(each: Tensor, reduction: str) -> Tensor:
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    """[B] sum or mean over latent dims."""
     flat = each.flatten(1)
     return flat.sum(1) if reduction == "sum" else flat.mean(1)
 

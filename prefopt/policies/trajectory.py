@@ -20,7 +20,7 @@ from prefopt.errors import UserError
 from prefopt.policies.guidance import Guidance
 from prefopt.policies.noise import HEAD, normals
 from prefopt.policies.process import Process
-from prefopt.policies.samplers import gaussian_kl, log_prob, transition
+from prefopt.policies.samplers import gaussian_kl, log_prob, reduced, transition
 
 if TYPE_CHECKING:
     from prefopt.policies.diffusion import DiffusionPolicy
@@ -41,6 +41,7 @@ class Sampling:
     kind: str = "sde"
     reduction: str = "mean"
     kl: str = "exact"
+    targets: bool = False  # what a walk leads to is no next latent, but a noise that is to be predicted (see `training/branches.py`)
 
     @property
     def second(self) -> Tensor:
@@ -50,6 +51,17 @@ class Sampling:
         """(mean, standard deviation) of the latents after steps `step` [B] from `x_t`, on its device."""
         t, to, level = (part.to(x_t.device) for part in (self.times[step], self.times[step + 1], self.levels[step]))
         return transition(self.process, prediction, x_t, t, to, level, self.second, self.kind)
+
+    def score(self, prediction: Tensor, x_t: Tensor, x_to: Tensor, step: Tensor) -> Tensor:
+        """[B] log-prob of a transition from `x_t` to `x_to`, nats; of a target minus its squared distance from the noise that is predicted,
+        which is the log-density of a Gaussian of variance 1/2 but for a constant."""
+        if not self.targets:
+            return log_prob(x_to, *self.gaussian(prediction, x_t, step), self.reduction)
+        return -reduced((self.noise_of(prediction, x_t, step) - x_to.detach()).square(), self.reduction)
+
+    def noise_of(self, prediction: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
+        """The noise that a prediction at steps `step` [B] means."""
+        return self.process.eps_of(prediction, x_t, self.times[step].to(x_t.device))
 
     def distance(self, prediction: Tensor, other: Tensor, x_t: Tensor, step: Tensor) -> Tensor:
         """[B] how far a step under `prediction` is from that under `other`, as `kl` says: `exact`, the KL of both Gaussians, nats; `code`,

@@ -96,7 +96,7 @@ class Engine:
     def kind(self) -> StepKind:
         """What decides the FLOPs of a step, beside its batch."""
         frozen = self.teacher.models if self.teacher else []
-        return kind_of(self.policy, self.objective, [*frozen, *[self.policy] * len(self.objective.averages())])
+        return kind_of(self.policy, self.objective, [*frozen, *[self.policy] * self.objective.followed])
 
     def score(self, micro: MicroBatch, model: nn.Module | None = None) -> Batch:
         """The quantities that the objective reads, for the edges of a micro-batch."""
@@ -105,8 +105,8 @@ class Engine:
         asked, scores = self._asked(micro)
         own = micro.part("policy", self.objective.extra_scorers)
         scores["policy"] = spread(quantities((model or self.model)(own, *asked), own.layout, kind), own, micro)
-        for scorer in self.objective.quantities:
-            if scorer in scores:
+        for scorer, wanted in self.objective.quantities.items():
+            if scorer in scores or not wanted:  # of which nothing is read: it decides where others are asked
                 continue
             if scorer in micro.stored:  # token by token, or their sums
                 known = micro.stored[scorer]

@@ -114,6 +114,11 @@ class Judge:
     def _pictures(self) -> bool:
         return getattr(self.engine.policy, "layout", "") == "draws"
 
+    @property
+    def draws_another(self) -> bool:
+        """Whether another model draws the samples, away from what the policy says: their log-prob under the policy tells no KL."""
+        return self._pictures and self.engine.policy.sides[0] is not None
+
     def __call__(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(metrics row, sample rows) of the policy as it stands."""
         judgement = self.measure(step)
@@ -346,7 +351,8 @@ class Judge:
         """log pi(y|x) - log pi_0(y|x) of samples, nats: exact per sequence, so its mean estimates KL(pi || pi_0). Of pictures it is the
         difference of scores at the draws that held-out pictures are judged at."""
         # Temperature or nucleus sampling draws from another distribution than the one whose KL is meant.
-        if self.initial is None or not prompts or not (self._pictures or self.sampler.temperature == self.sampler.top_p == 1):
+        other = not (self._pictures or self.sampler.temperature == self.sampler.top_p == 1)
+        if self.initial is None or not prompts or other or self.draws_another:
             return [None] * len(prompts)
         rows = [Row(Tokens(p, [r]), "demonstration") for p, r in zip(prompts, replies, strict=True)]
         budget, policy = self.held_out.budget if self.held_out else 4096, self.engine.policy

@@ -233,7 +233,7 @@ def _laid_out(cfg: TrainConfig, ground: Ground, device: torch.device) -> tuple[S
         shape=ground.shape, layout=layout, shared=shared, frozen=model.lora.enabled, scores=not ground.reward, fused=fused,
         recompute=model.gradient_checkpointing, attention=attention, twice=objective.coupling == "global",
         reference="reference" in objective.quantities, compared=head_products(objective, model.lora.enabled, _teachers(cfg, objective)),
-        teachers=(ground.shape,) * (_teachers(cfg, objective) + len(objective.averages())), extra_scorers=objective.extra_scorers,
+        teachers=(ground.shape,) * (_teachers(cfg, objective) + objective.followed), extra_scorers=objective.extra_scorers,
     )
     online = cfg.source.kind != "offline"
     size = min(cfg.train.batch_size, round_rows(cfg.source, objective.view, cfg.data.pairs)) if online else cfg.train.batch_size

@@ -193,8 +193,8 @@ def estimate(cfg: TrainConfig, scene: Scene) -> PicturePlan:
     steps = rounds.total if rounds else plan._steps(cfg, source)
     source = replace(source, total=steps)
     reference = _reference(cfg, scene, source, steps)
-    teachers = plan._teachers(cfg, objective) + len(objective.averages())
-    guided = rounds.guidance.blank if rounds else 0
+    teachers = plan._teachers(cfg, objective) + objective.followed
+    guided = rounds.guidance.blank_passes if rounds else 0
     kind = picture_kind(cfg.model, objective, scene.shape, (scene.shape,) * teachers, guided)
     kind = replace(kind, reference=kind.reference and reference != "stored")
 

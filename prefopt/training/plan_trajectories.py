@@ -87,7 +87,7 @@ class Rounds:
         """Lines of the plan."""
         cfg, scale = self.cfg, self.guidance.scale
         blank = {0: "no guidance", 1: f"guidance {scale:g}, its unconditional prediction without a gradient",
-                 2: f"guidance {scale:g}, with a gradient through both predictions"}[self.guidance.blank]
+                 2: f"guidance {scale:g}, with a gradient through both predictions"}[self.guidance.blank_passes]
         made = f", {cfg.trajectory.candidates} candidates at each" if cfg.trajectory.candidates else ""
         return [("rounds", f"{math.ceil(self.total / self.steps):,}, each of {self.pictures:,} pictures ({cfg.source.samples} for each of "
                            f"{cfg.source.prompts} prompts), and {self.steps} optimiser step{'s' * (self.steps > 1)}"),

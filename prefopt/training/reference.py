@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm import tqdm
 
+from prefopt.config.noise import BY_A_MODEL
 from prefopt.config.schema import TrainConfig
 from prefopt.data.batch import Row, step_rows
 from prefopt.data.tokenise import Branch, Tokens
@@ -64,7 +65,7 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
     live = f"it moves (reference.refresh={cfg.reference.refresh})" if moves else ""
     if cfg.model.kind == "diffusion" and not cfg.noise.pool:
         live = "every visit has new draws of noise (noise=pool keeps a few, and what the reference says of them)"
-    if cfg.model.kind == "diffusion" and cfg.noise.plan in ("inverted", "path"):
+    if cfg.model.kind == "diffusion" and cfg.noise.plan in BY_A_MODEL:
         live = f"noise.plan={cfg.noise.plan} finds where pictures are scored while it trains"
     if "reference" in objective.states_of:
         live = f"{type(objective).__name__} reads more than its log-probs"

@@ -30,6 +30,7 @@ from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.load import load_policy
 from prefopt.policies.locate import adapter_fingerprint
+from prefopt.policies.negative import make_sides
 from prefopt.policies.start import started
 from prefopt.rewards import pictures
 from prefopt.rewards.true_reward import held_out_rewards, make_rewards
@@ -221,6 +222,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     teacher, taught = make_teacher(cfg, policy, objective, source, judged, steps, accelerator)
     references = make_references(cfg, policy, objective, source, judged, steps, accelerator)
     averages = moving_averages(objective, policy)
+    if cfg.sampler.negative:
+        policy.sides = make_sides(cfg, policy, references.initial, accelerator.device)
     engine = Engine(policy, objective, references.reference, cfg.optim, accelerator, cfg.reference.refresh != "never", teacher, cfg.seed,
                     deepspeed_json(cfg))
     if stepwise:

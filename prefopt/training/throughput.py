@@ -118,7 +118,7 @@ def _kind_of_pictures(policy: nn.Module, objective: Objective, teachers: Sequenc
     shape = shape_of_denoiser(policy.denoiser, cfg.resolution, policy.trainable() if lora else None)
     beside = tuple(shape_of_denoiser(teacher.denoiser, cfg.resolution) for teacher in teachers) if shape else ()
     sampling = getattr(policy, "sampling", None)
-    return picture_kind(cfg, objective, shape, tuple(filter(None, beside)), sampling.guidance.blank if sampling else 0)
+    return picture_kind(cfg, objective, shape, tuple(filter(None, beside)), sampling.guidance.blank_passes if sampling else 0)
 
 
 def picture_kind(cfg: ModelConfig, objective: Objective, shape: DrawShape | None, teachers: tuple[DrawShape, ...] = (),

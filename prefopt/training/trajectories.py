@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -70,7 +71,7 @@ class TrajectorySource:
         self.batches, self.seed, self.folder = replace(batches, draws=None), batches.seed, Path(cfg.run_dir) / "rounds"
         self.steps_per_round = cfg.source.epochs * math.ceil(cfg.source.prompts / batches.batch_size)
         self.running = Running(cfg.trajectory.buffer, cfg.trajectory.min_count)
-        self.branches = Branches(engine.policy, cfg.trajectory, scorer) if cfg.trajectory.candidates else None
+        self.branches = Branches(cfg.trajectory, scorer, engine.objective.pull()) if cfg.trajectory.candidates else None
         self.round, self.known = -1, 0  # the round that rows are of; rounds that `running` has seen
         self.of_prompt: list[list[int]] = []  # rows of each of the round's prompts
         self.metrics: dict[str, float] = {}
@@ -81,7 +82,8 @@ class TrajectorySource:
         """Of round `number`: its window is the same for all pictures."""
         policy, trajectory = self.engine.policy, self.cfg.trajectory
         window = window_of(trajectory, policy.process, lambda n: int(n * share("window", self.seed, number)))
-        return make_sampling(trajectory, policy.process, policy.cfg.guidance, window)
+        made = make_sampling(trajectory, policy.process, policy.cfg.guidance, window)
+        return replace(made, targets=self.branches is not None and self.branches.pull is not None)
 
     def steps(self, epochs: float) -> int:
         """Optimiser steps in so many passes over the prompts."""
@@ -131,6 +133,11 @@ class TrajectorySource:
             self._write(made, number)
         return made
 
+    def _writer(self) -> AbstractContextManager:
+        """In it, the model that it gives draws: the moving average of the policy, where the objective asks for one to draw with."""
+        average = self.engine.beside.get("writer")
+        return average.model() if average else nullcontext(self.engine.policy)
+
     @torch.no_grad()
     def _draw(self, asked: list[tuple[int, int, int]], number: int, sampling: Sampling) -> Round:
         policy = self.engine.policy
@@ -141,7 +148,8 @@ class TrajectorySource:
         try:
             if self.branches:
                 examples = [self.prompts.examples[row] for row, _, _ in asked]
-                latents, logps, pictures = self.branches.draw(sampling, captions, keys, examples)
+                with self._writer() as writer:
+                    latents, logps, pictures = self.branches.draw(writer, sampling, captions, keys, examples)
             else:
                 latents, logps = draw_walks(policy, sampling, captions, keys, self.cfg.trajectory.shared_start)
                 pictures = latents[:, -1]

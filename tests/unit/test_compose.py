@@ -64,8 +64,9 @@ def test_every_choice_composes_and_is_typed(group, name):
     extra += PICTURES if group == "source" and name in catalogue.OF_PICTURES or (group, name) == ("noise", "states") else []
     extra += {"best_of": ["algo=sft"], "states": ["source=self_play_states"]}.get(name, []) if group in ("source", "noise") else []
     if group == "trajectory" or (group, name) in (("source", "trajectories"), ("source", "candidates")):
-        extra += [*PICTURES, "algo=spo_diffusion" if name in ("spo", "candidates") else "algo=flow_grpo"]
+        extra += [*PICTURES, "algo=spo_diffusion" if name in ("spo", "gradspo", "candidates") else "algo=flow_grpo"]
     extra += [*PICTURES, "model.user_width=2"] if (group, name) == ("adapter", "user") else []
+    extra += PICTURES if (group, name) == ("sampler", "negative") else []
     extra += ["model.user_width=2"] if (group, name) == ("algo", "ppd") else []
     moves = {"round": ["source=rounds"], "past": ["source=rounds"], "stage": ["transforms=curriculum"]}
     extra += moves.get(name, []) if group == "reference" else []

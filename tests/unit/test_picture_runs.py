@@ -296,7 +296,8 @@ ROUNDS = ["train.batch_size=2", "source.prompts=4", "source.epochs=2", "sampler.
     ["algo=diffusion_dro", "algo.margin=1", "optim.lr=1e-2", *LORA_WORDS],
     ["algo=seppo", "reference.every=2", *LORA_WORDS],
     ["algo=sail_diffusion", "source.samples=2", "source.mix=0.5"],
-], ids=["rewarded", "states", "past", "self-rewarding"])
+    ["algo=gradspo", "trajectory.steps=4", "trajectory.window=[2,3]", "trajectory.threshold=0"],  # drawn by an average of the policy
+], ids=["rewarded", "states", "past", "self-rewarding", "gradspo"])
 def test_a_run_killed_in_the_middle_of_a_round_goes_on_to_the_same_bits(words, run, tmp_path, monkeypatch):
     """Killed before step 8 of rounds of four: the second round is on disk with its latents, and the policy is no longer who drew it."""
     words = [*words, *ROUNDS, "train.steps=9", "train.eval_every=9", "train.save_every=3"]

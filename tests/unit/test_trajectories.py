@@ -16,7 +16,7 @@ from prefopt.data.batch import Row
 from prefopt.data.dataset import Dataset
 from prefopt.data.tokenise import Tokens
 from prefopt.errors import RunFailed, UserError
-from prefopt.objectives.trajectory import D3PO, DDPO, DPOK, FlowGRPO, SPODiffusion
+from prefopt.objectives.trajectory import D3PO, DDPO, DPOK, FlowGRPO, GradSPO, SPODiffusion
 from prefopt.policies.guidance import Guidance
 from prefopt.policies.reference import make_reference
 from prefopt.policies.samplers import log_prob
@@ -83,7 +83,8 @@ def drawn_reward(policy, source, number=10**6, count=96) -> tuple[float, float]:
     (DPOK(epsilon=0.2, beta=0.001, w_r=1.0), "flow", {"kl": "error"}),
     (D3PO(beta=5.0, epsilon=0.5), "epsilon", {"noise": 1.0, "shared_start": True}),
     (SPODiffusion(beta=5.0, epsilon=0.5), "epsilon", {"noise": 1.0, "candidates": 3, "window": [1, 3], "threshold": 0.05}),
-], ids=["flow_grpo", "ddpo", "dpok", "d3po", "spo_diffusion"])
+    (GradSPO(beta=5.0, epsilon=0.5), "epsilon", {"noise": 1.0, "candidates": 3, "window": [1, 3], "threshold": 0.05}),
+], ids=["flow_grpo", "ddpo", "dpok", "d3po", "spo_diffusion", "gradspo"])
 def test_the_reward_rises(objective, kind, trajectory, tmp_path):
     """The interval of the gain is clear of zero, in fifty steps of a policy of a few hundred weights."""
     with fresh_accelerator() as accelerator:
@@ -322,7 +323,8 @@ def test_the_penalty_is_zero_with_zero_slope_at_the_start(kl, tmp_path):
         torch.testing.assert_close(moved, wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("objective", "low", "high"), [(D3PO(), 0.683164, 0.703231), (SPODiffusion(), 0.1261309, 2.1328378)])
+@pytest.mark.parametrize(("objective", "low", "high"), [(D3PO(), 0.683164, 0.703231), (SPODiffusion(), 0.1261309, 2.1328378),
+                                                    (GradSPO(), 0.1261309, 2.1328378)])
 def test_trap_4_29_pairs_have_no_gradient_outside_of_the_band(objective, low, high, tmp_path):
     """Inside it the slope is that of the log-ratio; the loss stays between its bounds however far the policy goes."""
     with fresh_accelerator() as accelerator:
