@@ -23,6 +23,8 @@ from prefopt.config.stages import FOLDER, as_references
 from prefopt.config.strength import with_number
 from prefopt.errors import UserError, nearest
 from prefopt.tracking.redact import redact
+from prefopt.training.locks import FILE as LOCK
+from prefopt.training.locks import locked
 
 # Keys that may change between the first start and a resume: they decide where and how a run goes, not what it computes.
 NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware", "reference.store", "reference.store_limit_gb")
@@ -79,7 +81,7 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
 
 def release(folder: Path) -> None:
     """Takes back what a run that never began has written, so that a corrected command can have the folder."""
-    if not (folder / "status.json").exists():
+    if not (folder / "status.json").exists() and not locked(folder / LOCK):
         for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
         for pattern in ("events.out.tfevents.*", ".*.part"):

@@ -17,8 +17,9 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.launch import jobs as jobs_module
-from prefopt.launch.board import locked, only_one
+from prefopt.launch.board import only_one
 from prefopt.tracking.redact import REDACTED
+from prefopt.training.locks import locked
 from tests import toy_jobs
 
 BANDIT = ["model=bandit", "data=bandit", "hardware=auto", "train.steps=3", "optim.eps=0.001"]
