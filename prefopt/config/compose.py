@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prefopt.config.catalogue import VIEWS, groups, modalities
 from prefopt.config.completion import primary_groups
 from prefopt.config.doctor import require_bitsandbytes
+from prefopt.config.filled import filled
 from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.objective_source import ObjectiveInfo, read_objective
@@ -39,7 +40,7 @@ def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     _check_keys(given, schema, dotted(given))
     check_stages(given)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        merged = filled(schema, given)
         OmegaConf.resolve(merged)
         out = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:

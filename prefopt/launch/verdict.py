@@ -19,8 +19,8 @@ ENDED = ("finished", "stopped", "failed")
 
 
 def verdict(folder: Path, world: int, exits: Mapping[int, int], timeout: float, patience: float = 5.0) -> tuple[str, int]:
-    """(sentence, exit code) of a failed run of `world` processes. `exits`: exit codes by rank; negative ones are signals, as in `subprocess`,
-    and 0 stands for a process that was ended because of others. `patience`: seconds to wait for more records."""
+    """(sentence, exit code) of a failed run of `world` processes. `exits`: exit codes by rank; negative ones are signals, as in
+    `subprocess`, and 0 stands for a process that was ended because of others. `patience`: seconds to wait for more records."""
     deadline = time.monotonic() + patience  # the others see that one is gone, and write so, a little later
     while True:
         records = {r["rank"]: r for r in read_records(folder)}

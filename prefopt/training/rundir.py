@@ -103,13 +103,14 @@ def load_run_config(folder: Path) -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     from prefopt.config.compose import check_algo
+    from prefopt.config.filled import filled
 
     known = folder / "config.yaml"
     if not known.is_file():
         beside = [p.parent.name for p in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
         raise UserError(f"{folder} holds no run (there is no config.yaml in it){nearest(folder.name, beside)}")
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), _read_config(known))
+        cfg = filled(TrainConfig, _read_config(known))
     except OmegaConfBaseException as error:
         raise UserError(f"{known} is no config of this version of prefopt ({str(error).splitlines()[0]})") from error
     cfg.run_dir = str(folder)
