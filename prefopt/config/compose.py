@@ -32,9 +32,8 @@ from prefopt.errors import UserError, nearest
 
 def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     """The dataclass of `command` filled from `cfg`. Raises `UserError` for unknown keys, wrong values, combinations that cannot work."""
-    given = OmegaConf.to_container(cfg, resolve=False)
+    given, schema = OmegaConf.to_container(cfg, resolve=False), COMMANDS[command]
     given.pop("hydra", None)
-    schema = COMMANDS[command]
     if not any(f.name == "stages" for f in fields(schema)):
         given = without_stages(given)
     _check_keys(given, schema, dotted(given))

@@ -52,14 +52,15 @@ def writing(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + PATIENCE
     while True:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "ab") as file:
             if not hold(file):
                 if time.monotonic() > deadline:
                     raise UserError(_busy(folder))
             elif _is(path, file):
-                file.truncate(0)
-                file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
-                file.flush()
+                about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+                with suppress(OSError):  # a full disk is for the run to say
+                    os.truncate(file.fileno(), 0)
+                    os.write(file.fileno(), json.dumps(about).encode())
                 try:
                     yield
                 finally:

@@ -28,8 +28,8 @@ from prefopt.training.locks import locked
 
 # Keys that may change between the first start and a resume: they decide where and how a run goes, not what it computes.
 NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware", "reference.store", "reference.store_limit_gb")
-# Written before a run begins: a sweep's log of a job, logs of processes, what SLURM is given, finished stages.
-LEFT = ("log.txt", "logs", "job.sh", FOLDER)
+# Written before a run begins: a sweep's log of a job, logs of processes, what SLURM is given, finished stages, a killed one's lock.
+LEFT = ("log.txt", "logs", "job.sh", FOLDER, LOCK)
 PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hydra-core", "omegaconf", "wandb")
 
 
