@@ -1,6 +1,9 @@
 # make quickstart: set up and train.  make test: set up and test.  Other targets assume one of the two has run.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
+# Where this is set, as in many containers, each of some hundred processes would compile all that it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: quickstart test unit e2e distributed lint docs reading-your-run bench-cpu bench-gpu bench-ablate bench-docs bench-scale scale-tables bench-zoo bench-diffusion-cpu bench-diffusion-gpu bench-diffusion-rollout bench-diffusion-rollout-gpu torture fuzz clean
 
 quickstart:           ## make .venv, train DPO on the tiny world, show the report's path

@@ -246,10 +246,12 @@ def rows(path: Path) -> list[dict]:
 
 
 def differences(whole: Path, run: Path, exact: bool) -> tuple[list[str], float]:
-    """(in what a resumed run differs from one that was not killed, largest difference of a weight)."""
+    """(in what a resumed run differs from one that was not killed, largest difference of a weight). A lock that nobody holds is nothing."""
     from safetensors.numpy import load_file
 
-    listed = [{str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} for folder in (whole, run)]
+    from prefopt.training.locks import FILE
+
+    listed = [{str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != FILE} for folder in (whole, run)]
     found = [f"{'lacks' if name in listed[0] else 'has left'} {name}" for name in sorted(listed[0] ^ listed[1])]
     largest = 0.0
     for name in sorted(n for n in listed[0] & listed[1] if n.endswith(".safetensors")):

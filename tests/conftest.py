@@ -10,6 +10,8 @@ import shutil
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported, so a fixture comes too late
+# A config is made of thousands of objects; by default a tenth of the time would go into looking through them.
+gc.set_threshold(50_000, 20, 100)
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or else deepspeed says on stdout, when it is imported, that there is no GPU
 

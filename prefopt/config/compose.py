@@ -18,6 +18,7 @@ from prefopt.config.catalogue import VIEWS, groups, modalities
 from prefopt.config.completion import primary_groups
 from prefopt.config.doctor import require_bitsandbytes
 from prefopt.config.drawing import check_negative, check_noise
+from prefopt.config.filled import filled
 from prefopt.config.hardware import check_hardware
 from prefopt.config.mixtures import described, expanded, is_mixture
 from prefopt.config.noise import BY_A_MODEL
@@ -33,15 +34,14 @@ from prefopt.errors import UserError, nearest
 
 def typed(cfg: DictConfig, command: str, algo_name: str | None = None) -> Any:
     """The dataclass of `command` filled from `cfg`. Raises `UserError` for unknown keys, wrong values, combinations that cannot work."""
-    given = OmegaConf.to_container(cfg, resolve=False)
+    given, schema = OmegaConf.to_container(cfg, resolve=False), COMMANDS[command]
     given.pop("hydra", None)
-    schema = COMMANDS[command]
     if not any(f.name == "stages" for f in fields(schema)):
         given = without_stages(given)
     _check_keys(given, schema, dotted(given))
     check_stages(given)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        merged = filled(schema, given)
         OmegaConf.resolve(merged)
         out = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:

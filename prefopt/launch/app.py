@@ -41,6 +41,7 @@ from prefopt.launch.worker import config_from
 from prefopt.tracking.redact import redact
 from prefopt.tracking.trackers import check_trackers
 from prefopt.training.deepspeed_json import check_zero
+from prefopt.training.locks import check_free
 from prefopt.training.rundir import claim, release
 
 
@@ -201,6 +202,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     if claim(cfg, cfg.algo["name"]) == "finished":
         print(f"{folder} is finished; choose another hydra.run.dir to run again", file=sys.stderr)
         return {"finished": True}
+    if ahead or cfg.hardware.launcher != "local" or cfg.hardware.nodes == 1:  # else rank 0 may run, on another machine, what this one joins
+        check_free(folder)
     submitted = False
     try:
         if cfg.hardware.launcher == "slurm":

@@ -1,13 +1,11 @@
 """sweep.json: what each job of a sweep is and how it stands, and the table of it.
 
 A job's log.txt is locked by the processes that write to it (`flock` of the open file that they inherit), and SWEEP/.lock by the process
-that runs the sweep. The system drops a lock with the last process that holds it, however that ended; so whether a job really runs is known
-even after kill -9.
+that runs the sweep. So whether a job really runs is known even after kill -9 (prefopt/training/locks.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,11 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.evaluation.runs import FIGURES
 from prefopt.tracking.redact import redact
+from prefopt.training.locks import hold, locked
 from prefopt.training.rundir import read_status, write_atomic
 
 FILE = "sweep.json"
@@ -209,32 +208,6 @@ class Screen:
     def close(self) -> None:
         """The whole table, to stay."""
         self.say(self.board.table())
-
-
-# ---- locks --------------------------------------------------------------------------------------------
-
-
-def hold(file: IO) -> bool:
-    """Locks an open file for this process and those that inherit it; False if others hold it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: then nothing is known of others
-        return True
-    return True
-
-
-def locked(path: Path) -> bool:
-    """Whether some process holds a file."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 @contextmanager

@@ -103,17 +103,13 @@ class Agent:
     def _elastic(self) -> None:
         with _quiet_torch():
             import torch  # noqa: F401
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
-        from torch.distributed.launcher.api import elastic_launch
 
         deadline = time.monotonic() + self.cfg.hardware.timeout
         while True:
             try:
-                elastic_launch(launch_config(self.cfg), sys.executable)("-m", "prefopt.launch.worker")
-                self.done = True
-            except ChildFailedError as error:
-                self.exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
+                self.exits = exits_of(launch_config(self.cfg), "-m", "prefopt.launch.worker")
+                self.done = not self.exits
             except RendezvousConnectionError as error:  # the machine where they meet is not up yet, or just left the stage before this one
                 if not self.began and time.monotonic() < deadline:
                     time.sleep(1)
@@ -137,7 +133,8 @@ class Agent:
         if self.failed.exists():
             said = json.loads(self.failed.read_text())
             return said["code"], said["message"]
-        sentence, code = verdict(self.folder, self.world, self.exits, self.cfg.hardware.timeout)
+        patience = 0.0 if self.cfg.hardware.nodes == 1 else 5.0  # here all have ended
+        sentence, code = verdict(self.folder, self.world, self.exits, self.cfg.hardware.timeout, patience)
         self.failed.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.failed, json.dumps({"message": redact(sentence), "code": code}))
         conclude(self.folder, sentence)
@@ -174,6 +171,39 @@ def _quiet_torch() -> Iterator[None]:
 def _send(process: psutil.Process, number: int) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
+
+
+def exits_of(config: Any, *words: str) -> dict[int, int]:
+    """Runs `python WORDS` as torch elastic's `config` says. Nothing if all went well, else the exit codes of this machine's workers by
+    rank, 0 for those that elastic ended because of others. Its own list may lack the first to die (its connections close, and the others
+    fail, before it can be waited for), and has SIGTERM as the cause where elastic sent it.
+    """
+    from torch.distributed.elastic.multiprocessing import subprocess_handler
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    handlers, told = {}, {}  # by rank: the process, the signals that elastic sent to it
+    kind = subprocess_handler.SubprocessHandler
+    start, close = kind.__init__, kind.close
+
+    def started(self: Any, entrypoint: str, args: tuple, env: dict[str, str], *rest: Any, **named: Any) -> None:
+        start(self, entrypoint, args, env, *rest, **named)
+        self.rank = int(env["RANK"])
+        handlers[self.rank] = self
+
+    def closed(self: Any, death_sig: signal.Signals | None = None) -> None:
+        told.setdefault(self.rank, set()).add(-(death_sig or signal.SIGTERM))
+        close(self, death_sig)
+
+    kind.__init__, kind.close = started, closed
+    try:
+        elastic_launch(config, sys.executable)(*words)
+        return {}
+    except ChildFailedError:
+        exits = {rank: handler.proc.poll() or 0 for rank, handler in handlers.items()}
+        return {rank: 0 if code in told.get(rank, ()) else code for rank, code in exits.items()}
+    finally:
+        kind.__init__, kind.close = start, close
 
 
 def launch_config(cfg: TrainConfig) -> Any:

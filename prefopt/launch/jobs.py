@@ -19,11 +19,12 @@ from typing import IO
 
 from prefopt.config.schema import TrainConfig
 from prefopt.errors import UserError
-from prefopt.launch.board import BEFORE, Board, Screen, hold
+from prefopt.launch.board import BEFORE, Board, Screen
 from prefopt.launch.local import worker_command, worker_environment
 from prefopt.launch.machine import Machine, Share
 from prefopt.launch.stages import Stage
 from prefopt.tracking.redact import redact
+from prefopt.training.locks import hold
 from prefopt.training.ranks import forget_records
 from prefopt.training.rundir import claim, hide_secrets, read_status, release
 

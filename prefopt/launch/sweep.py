@@ -10,10 +10,11 @@ from typing import Any
 
 from prefopt.config.stages import quote
 from prefopt.errors import UserError, nearest
-from prefopt.launch.board import DONE, FAILED, FILE, counts, locked, standing, table
+from prefopt.launch.board import DONE, FAILED, FILE, counts, standing, table
 from prefopt.launch.multirun import COMMAND
 from prefopt.launch.optuna_sweeper import BEST
 from prefopt.tracking.redact import REDACTED
+from prefopt.training.locks import locked
 
 ACTIONS = ("status", "resume")
 USAGE = "prefopt sweep status FOLDER | resume FOLDER [--only-unfinished] [overrides]"

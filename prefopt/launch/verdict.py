@@ -11,16 +11,17 @@ from typing import Any
 
 from prefopt.report.run_report import write_report
 from prefopt.tracking.redact import redact
+from prefopt.training.locks import BUSY
 from prefopt.training.ranks import log_path, read_records
 from prefopt.training.rundir import read_status, write_atomic
 
 ENDED = ("finished", "stopped", "failed")
 
 
-def verdict(folder: Path, world: int, exits: Mapping[int, int], timeout: float) -> tuple[str, int]:
-    """(sentence, exit code) of a failed run of `world` processes. `exits`: exit codes of processes that nobody had ended, by rank; negative
-    ones are signals, as in `subprocess`."""
-    deadline = time.monotonic() + 5  # the others see that one is gone, and write so, a little later
+def verdict(folder: Path, world: int, exits: Mapping[int, int], timeout: float, patience: float = 5.0) -> tuple[str, int]:
+    """(sentence, exit code) of a failed run of `world` processes. `exits`: exit codes by rank; negative ones are signals, as in
+    `subprocess`, and 0 stands for a process that was ended because of others. `patience`: seconds to wait for more records."""
+    deadline = time.monotonic() + patience  # the others see that one is gone, and write so, a little later
     while True:
         records = {r["rank"]: r for r in read_records(folder)}
         failed = [r for r in records.values() if r["state"] == "failed"]
@@ -66,7 +67,7 @@ def spoken(folder: Path, rank: int, world: int, timeout: float) -> str:
 def conclude(folder: Path, sentence: str) -> None:
     """Puts the cause into status and report. Rank 0 wrote there what it saw, or nothing where it was killed."""
     status = read_status(folder)
-    if status.get("state") in ("running", "failed"):
+    if status.get("state") in ("running", "failed") and BUSY not in sentence:  # else it is the run of others, and goes on
         write_atomic(folder / "status.json", json.dumps({**status, "state": "failed", "message": redact(sentence)}, indent=2))
         if (folder / "metrics.jsonl").exists():
             write_report(folder)

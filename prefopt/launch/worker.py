@@ -34,7 +34,9 @@ def config_from(plain: dict[str, Any]) -> TrainConfig:
     """The config that another process has composed and checked."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
+    from prefopt.config.filled import filled
+
+    return OmegaConf.to_object(filled(TrainConfig, plain))
 
 
 def run_rank(cfg: TrainConfig) -> tuple[int, bool]:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from prefopt.report.run_report import write_report
 from prefopt.tracking.tracker import JsonlTracker, read_jsonl
 from prefopt.training import checkpoint, ranks
 from prefopt.training.engine import learning_rate
+from prefopt.training.locks import writing
 from prefopt.training.plan_text import out_of_memory
 from prefopt.training.progress import Progress
 from prefopt.training.replay import replay_check
@@ -35,7 +36,14 @@ from prefopt.training.timing import Times, straggler_lines
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Runs or continues the run in `cfg.run_dir`; returns its last evaluation. Raises `UserError` and `RunFailed`."""
-    run = set_up(cfg, make_accelerator(cfg))
+    accelerator = make_accelerator(cfg)
+    with writing(Path(cfg.run_dir)) if accelerator.is_main_process else nullcontext():
+        return loop(set_up(cfg, accelerator))
+
+
+def loop(run: Run) -> dict[str, Any]:
+    """From the start or the newest checkpoint to the end."""
+    cfg = run.cfg
     same_start(run)
     log = Log(run)
     step = log.resume()

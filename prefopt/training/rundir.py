@@ -23,11 +23,13 @@ from prefopt.config.stages import FOLDER, as_references
 from prefopt.config.strength import with_number
 from prefopt.errors import UserError, nearest
 from prefopt.tracking.redact import redact
+from prefopt.training.locks import FILE as LOCK
+from prefopt.training.locks import locked
 
 # Keys that may change between the first start and a resume: they decide where and how a run goes, not what it computes.
 NOT_IDENTITY = ("run_dir", "resume", "tracker", "hardware", "reference.store", "reference.store_limit_gb")
-# Written before a run begins: a sweep's log of a job, logs of processes, what SLURM is given, finished stages.
-LEFT = ("log.txt", "logs", "job.sh", FOLDER)
+# Written before a run begins: a sweep's log of a job, logs of processes, what SLURM is given, finished stages, a killed one's lock.
+LEFT = ("log.txt", "logs", "job.sh", FOLDER, LOCK)
 PACKAGES = ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hydra-core", "omegaconf", "wandb")
 
 
@@ -79,7 +81,7 @@ def claim(cfg: TrainConfig, algo_name: str) -> str:
 
 def release(folder: Path) -> None:
     """Takes back what a run that never began has written, so that a corrected command can have the folder."""
-    if not (folder / "status.json").exists():
+    if not (folder / "status.json").exists() and not locked(folder / LOCK):
         for name in ("config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
         for pattern in ("events.out.tfevents.*", ".*.part"):
@@ -101,13 +103,14 @@ def load_run_config(folder: Path) -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     from prefopt.config.compose import check_algo
+    from prefopt.config.filled import filled
 
     known = folder / "config.yaml"
     if not known.is_file():
         beside = [p.parent.name for p in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
         raise UserError(f"{folder} holds no run (there is no config.yaml in it){nearest(folder.name, beside)}")
     try:
-        cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), _read_config(known))
+        cfg = filled(TrainConfig, _read_config(known))
     except OmegaConfBaseException as error:
         raise UserError(f"{known} is no config of this version of prefopt ({str(error).splitlines()[0]})") from error
     cfg.run_dir = str(folder)

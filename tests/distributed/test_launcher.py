@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from prefopt.config.schema import HardwareConfig, TrainConfig
+from prefopt.launch.elastic import exits_of, launch_config
 from tests.distributed.launching import BANDIT, LONG, begin, end, program, read, record, signal_rank, under_way, wait
 
 
@@ -29,11 +33,28 @@ def test_what_ended_a_rank_is_what_the_user_sees(tmp_path):
     signal_rank(tmp_path / "run", 1, signal.SIGKILL)
     code, said = end(run)
     assert code == 1
-    # Torch elastic may have seen the end of rank 0 alone, which followed at once; then rank 1 is the one that was lost.
-    assert "prefopt: rank 1 was ended by SIGKILL" in said or "prefopt: rank 1 was lost" in said
-    assert str(tmp_path / "run/logs/rank-1.log") in said
+    assert "prefopt: rank 1 was ended by SIGKILL" in said and str(tmp_path / "run/logs/rank-1.log") in said
     assert "Traceback" not in said and "Connection closed" not in said  # which rank 0 saw, and has in its log
     assert read(tmp_path / "run" / "status.json")["state"] == "failed"
+
+
+# Rank 1 is the first to die. Rank 0 fails as soon as rank 1's connections close, or goes on until it is ended.
+DYING = """import os, pathlib, signal, sys, time
+gone, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+if rank == "1":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gone.touch()
+    time.sleep(float(sys.argv[2]))
+    os.kill(os.getpid(), signal.SIGKILL)
+while not gone.exists():
+    time.sleep(0.01)
+sys.exit(1) if sys.argv[2] != "0" else time.sleep(600)"""
+
+
+@pytest.mark.parametrize("late, exits", [("1", {0: 1, 1: -signal.SIGKILL}), ("0", {0: 0, 1: -signal.SIGKILL})])
+def test_the_first_to_die_is_known_however_late_the_system_tells_of_it(late, exits, tmp_path):
+    cfg = TrainConfig(hardware=HardwareConfig(processes=2))
+    assert exits_of(launch_config(cfg), "-c", DYING, str(tmp_path / "gone"), late) == exits
 
 
 def test_torchrun_is_joined_and_a_signal_to_one_rank_stops_all(tmp_path):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("tiny_lm")
 
 ROWS, PROMPTS = 16, 256
 SMALL = (f"train.batch_size={ROWS}", f"data.eval_limit={PROMPTS}", f"evaluation.prompts={PROMPTS}", f"sampler.batch_size={PROMPTS}",
-         "evaluation.kl=false", "train.self_check=false", "hardware=cpu", "hardware.threads=1")
+         "evaluation.kl=false", "train.self_check=false", "reference.store=off", "hardware=cpu", "hardware.threads=1")
 # Steps, and what differs from a method's defaults, which are for models a thousand times as large. At 40 steps
 # rationale_po had lost its gain again.
 METHODS = {

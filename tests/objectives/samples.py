@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import math
 import random
 import typing
 from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,14 @@ NAMES = {"w", "l", "rw", "rl", "nw", "nl", "p", "m", "y", "r", "n", "d", "z", "t
 NAMES |= {"o", "k", "v", "MW", "ML", "ZW", "ZL", "T", "XS", "X", "sw", "sl"} | STATED
 
 
+@cache
+def _read(slug: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(YAML[slug]), resolve=True)
+
+
 def settings_of(slug: str) -> tuple[type[Objective], dict]:
     """The class that a file of conf/algo names, and its settings."""
-    values = OmegaConf.to_container(OmegaConf.load(YAML[slug]), resolve=True)
+    values = copy.deepcopy(_read(slug))
     values.pop("defaults", None)  # what it chooses from other groups
     if "parts" in values:  # of a mixture
         values["parts"] = expanded(values["parts"])

@@ -108,10 +108,14 @@ def test_every_bound_refuses_by_name(key, plain):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_key_refuses_a_neighbour_by_its_full_name(command):
     base = OmegaConf.to_container(composed(*NEEDED.get(command, []), command=command), resolve=False)
+    cfg = OmegaConf.create(base)
     for key in all_keys(COMMANDS[command]):
+        OmegaConf.update(cfg, f"{key}_", 1, force_add=True)
         with pytest.raises(UserError) as caught:
-            typed(with_key(base, f"{key}_", 1), command, "dpo")
+            typed(cfg, command, "dpo")
         assert str(caught.value) == f"unknown key '{key}_'; did you mean '{key}'?"
+        block, _, last = key.rpartition(".")
+        del (OmegaConf.select(cfg, block) if block else cfg)[f"{last}_"]
 
 
 def test_wrong_types_say_what_is_expected():
