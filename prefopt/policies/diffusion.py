@@ -35,6 +35,7 @@ from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.owned import consult
 from prefopt.policies.samplers import log_prob
+from prefopt.policies.split import Hooks
 from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
 from prefopt.policies.user_branch import Users
 
@@ -110,6 +111,7 @@ class DiffusionPolicy(nn.Module):
         self.users = Users(cfg.user_width) if cfg.user_width else None
         self.sampling: Sampling | None = None  # of the walks, which whoever drew them leaves here
         self.walks: dict[int, Walk] = {}
+        self.hooks: Hooks | None = None  # while the weights are split and DeepSpeed does not gather them
         self.train()
 
     @property
@@ -403,7 +405,8 @@ class DiffusionPolicy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """What a plain pipeline of diffusers loads: the network, or its LoRA weights."""
-        self.denoiser.save(folder)
+        with self.hooks.whole() if self.hooks else nullcontext():
+            self.denoiser.save(folder)
 
     # ---- samples ---------------------------------------------------------------------------------
 
