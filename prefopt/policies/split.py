@@ -49,7 +49,7 @@ class Block:
         self.holders -= 1
         if not self.holders:
             for parameter in self.parameters:
-                parameter.data = parameter.data.new_empty(0)
+                _set(parameter, parameter.data.new_empty(0), "NOT_AVAILABLE")
 
     def gather(self, keep: bool) -> None:
         """This process's side of gathering the block."""
@@ -63,8 +63,14 @@ class Block:
             for parameter in parameters if keep else ():
                 size = parameter.ds_tensor.numel()
                 flat = everyone.view(world, -1)[:, begin : begin + size].reshape(-1)
-                parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
+                _set(parameter, flat[: parameter.ds_numel].view(parameter.ds_shape), "AVAILABLE")
                 begin += size
+
+
+def _set(parameter: nn.Parameter, data: Tensor, status: str) -> None:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameter.data, parameter.ds_status = data, ZeroParamStatus[status]
 
 
 class Hooks:
@@ -72,7 +78,8 @@ class Hooks:
     model's `forward` itself uses. No gradient passes through; in training DeepSpeed has hooks of its own."""
 
     def __init__(self, model: nn.Module, outside: nn.Module | None = None):
-        self.blocks, self.handles, self._of = [], [], {}
+        self.blocks, self._of = [], {}
+        self.handles = [model.register_forward_pre_hook(_undisturbed)]
         self._visit(model, False)
         if outside is not None:
             self._hook(model, outside.parameters())
@@ -124,6 +131,13 @@ class Hooks:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+
+def _undisturbed(model: nn.Module, *_: Any) -> None:
+    """Keeps DeepSpeed, whose engine watches the model it trains, from gathering by itself whatever a pass looks at."""
+    for module in model.modules():
+        if hasattr(module._parameters, "_in_forward"):
+            module._parameters._in_forward = False
 
 
 @contextmanager

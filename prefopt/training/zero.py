@@ -68,6 +68,7 @@ class Zero:
             yield
             return
         parts, policy = self.model.optimizer.parameter_offload, self.policy
+        self.model.empty_partition_cache()  # it may be gathering what comes next, or keep what it will need soon
         parts._remove_module_hooks()  # they take it that all processes run the same passes
         policy.hooks = Hooks(policy, getattr(policy, "outside", None))
         try:

@@ -1,0 +1,60 @@
+"""Run under torchrun: the runs of `zero_runs`, with no room to gather a whole model, so that every part of a run goes layer by layer. Writes
+to PEAKS.R (R is the rank) how many bytes of tensors each part took beyond what was there before it. Arguments: the file of runs, PEAKS."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prefopt.policies import save_split, split
+from prefopt.policies.causal_lm import LanguageModel
+from prefopt.training import reference, setup
+from prefopt.training.engine import Engine
+from prefopt.training.judge import Judge
+from prefopt.training.memory import Live
+from tests.distributed import zero_runs
+
+SHARD = 8_000_000
+PARTS = {"load": (setup, "load"), "fill": (reference, "fill"), "evaluate": (Judge, "measure"), "step": (Engine, "step"),
+         "save": (LanguageModel, "save")}
+
+
+def measured(name: str, owner: object, peaks: dict[str, list[int]]) -> None:
+    """Has a function note the bytes of every call."""
+    call = getattr(owner, name)
+
+    def wrapped(*args, **settings):
+        with Live() as live:
+            gc.collect()
+            for tensor in [t for t in gc.get_objects() if issubclass(type(t), Tensor)]:
+                live._note(tensor.untyped_storage())
+            before = live.peak = live.now
+            try:
+                return call(*args, **settings)
+            finally:
+                peaks.setdefault(name, []).append(live.peak - before)
+
+    setattr(owner, name, wrapped)
+
+
+def main() -> None:
+    split.free_memory = lambda device: 0.0
+    save_split.SHARD = SHARD
+    peaks: dict[str, list[int]] = {}
+    for owner, name in PARTS.values():
+        measured(name, owner, peaks)
+    finish, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    zero_runs.main()
+    Path(f"{sys.argv[2]}.{dist.get_rank()}").write_text(json.dumps(peaks))
+    finish()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
