@@ -1,5 +1,7 @@
-"""Run under torchrun: the runs of `zero_runs`, with no room to gather a whole model, so that every part of a run goes layer by layer. Writes
-to PEAKS.R (R is the rank) how many bytes of tensors each part took beyond what was there before it. Arguments: the file of runs, PEAKS."""
+"""Run under torchrun: the runs of `zero_runs`, with no room to gather a whole model, so that every part of a run goes layer by layer.
+
+Writes to PEAKS.R (R is the rank) how many bytes of tensors each part took beyond what was there before it. Arguments: the file of runs,
+PEAKS."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from tests.toy_runs import train
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed; the extra `test` brings it")
 
-LAYERS = 12
-SMALL = ["data.limit=8", "data.eval_limit=4", "train.batch_size=4", "evaluation.prompts=3", "sampler.max_new_tokens=8",
+LAYERS = 8
+SMALL = ["data.limit=8", "data.eval_limit=4", "train.batch_size=4", "evaluation.prompts=3", "sampler.max_new_tokens=3",
          "train.micro_batch_tokens=256"]  # three prompts for two processes
 # DeepSpeed's own buckets and limits are made for models a thousand times as large.
 DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 100_000,
@@ -27,13 +27,13 @@ DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_pref
 
 
 def large(folder):
-    """A Llama of 60 MB, in two files, with the tokenizer of tiny-lm."""
+    """A Llama of 57 MB, in two files, with the tokenizer of tiny-lm."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_tiny_lm())
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=320, intermediate_size=864, num_hidden_layers=LAYERS,
-                         num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=512, tie_word_embeddings=False)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1024, num_hidden_layers=LAYERS,
+                         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
@@ -44,7 +44,6 @@ def large(folder):
 
 CASES = {
     "dpo": ["algo=dpo", "optim.weight_decay=1"],  # of the large model; it goes first
-    "dpo with LoRA and a live reference": ["algo=dpo", "model=tiny-lm-lora", "reference.store=off"],
     "tdpo with a live reference": ["algo=tdpo", "reference.store=off"],  # which hands its head over
     "grpo": ["algo=grpo", "source.prompts=3", "source.samples=2", "sampler.batch_size=2"],  # three chunks of samples
     "reward_bt": ["algo=reward_bt", "evaluation.prompts=0"],
@@ -82,7 +81,7 @@ def test_runs_that_never_gather_a_model_end_where_one_process_ends(number, made)
         assert weight.shape == files[two][name].shape and float((weight - files[two][name]).abs().max()) <= TOLERANCE, name
     ours, theirs = ([r for r in read_jsonl(folder / "metrics.jsonl") if r["split"] == "eval"] for folder in (one, two))
     assert len(ours) == len(theirs) == 2
-    held_out = [name for name in ours[0] if name.startswith(("loss", "accuracy", "logp/"))]
+    held_out = [name for name in ours[0] if name.startswith(("loss", "logp/"))]
     for a, b in zip(ours, theirs, strict=True):
         assert {n: a[n] for n in held_out} == pytest.approx({n: b[n] for n in held_out}, rel=1e-3, abs=1e-4)
         assert ("kl" in a) == ("kl" in b)
