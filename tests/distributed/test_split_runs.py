@@ -17,7 +17,7 @@ from tests.toy_runs import train
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed; the extra `test` brings it")
 
-LAYERS = 8
+LAYERS = 12
 SMALL = ["data.limit=8", "data.eval_limit=4", "train.batch_size=4", "evaluation.prompts=3", "sampler.max_new_tokens=3",
          "train.micro_batch_tokens=256"]  # three prompts for two processes
 # DeepSpeed's own buckets and limits are made for models a thousand times as large.
@@ -27,13 +27,13 @@ DEEPSPEED = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_pref
 
 
 def large(folder):
-    """A Llama of 57 MB, in two files, with the tokenizer of tiny-lm."""
+    """A Llama of 60 MB, in two files, with the tokenizer of tiny-lm."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(ensure_tiny_lm())
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=384, intermediate_size=1024, num_hidden_layers=LAYERS,
-                         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=False)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=320, intermediate_size=864, num_hidden_layers=LAYERS,
+                         num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=512, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
@@ -92,15 +92,15 @@ def load_folder(folder):
 
 
 def test_no_process_ever_holds_a_whole_model(made):
-    """Bytes beyond what a part of the run began with, in units of the model. With two processes a part of the weights is 0.5; training has
-    AdamW's moments, a copy of the weights and gradients beside it."""
+    """Bytes beyond what a part of the run began with, in units of the model. With two processes a part of the weights is 0.5, and a layer that
+    is gathered 0.2, with what was sent; training has AdamW's moments and gradients beside it."""
     _, size, peaks = made
     for rank, found in enumerate(peaks):
         first = {name: calls[0] / size for name, calls in found.items()}  # the large model's run is the first
-        assert 0.45 < first["load"] < 0.75
-        assert first["fill"] < 0.4
-        assert first["measure"] < 0.95  # half of it a second copy, for KL
-        assert first["step"] < 2.3
+        assert 0.45 < first["load"] < 0.85
+        assert 0.05 < first["fill"] < 0.35
+        assert 0.45 < first["measure"] < 0.95  # half of it a second copy, for KL
+        assert 1.0 < first["step"] < 1.8
         assert rank or 0.05 < first["save"] < 0.6
 
 
