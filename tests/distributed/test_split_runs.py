@@ -92,8 +92,8 @@ def load_folder(folder):
 
 
 def test_no_process_ever_holds_a_whole_model(made):
-    """Bytes beyond what a part of the run began with, in units of the model. With two processes a part of the weights is 0.5, and a layer that
-    is gathered 0.2, with what was sent; training has AdamW's moments and gradients beside it."""
+    """Bytes beyond what a part of the run began with, in units of the model. With two processes a part of the weights is 0.5, and a layer
+    that is gathered 0.2, with what was sent; training has AdamW's moments and gradients beside it."""
     _, size, peaks = made
     for rank, found in enumerate(peaks):
         first = {name: calls[0] / size for name, calls in found.items()}  # the large model's run is the first
