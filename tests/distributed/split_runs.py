@@ -8,11 +8,13 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import modeling_utils
 
 from prefopt.policies import save_split, split
 from prefopt.policies.causal_lm import LanguageModel
@@ -23,21 +25,32 @@ from prefopt.training.memory import Live
 from tests.distributed import zero_runs
 
 SHARD = 8_000_000
+LOAD = modeling_utils.load_state_dict
 PARTS = ((setup, "load"), (reference, "fill"), (Judge, "measure"), (Engine, "step"), (LanguageModel, "save"))
 
 
+FILES: dict[int, weakref.ref] = {}  # storages that are pages of a mapped file, which the system can take away
+
+
 class Memory(Live):
-    """Bytes in memory: neither tensors without content nor those that are pages of a file."""
+    """Bytes in memory: neither tensors without content nor mapped files."""
+
+    reading = False
 
     def _note(self, storage) -> None:
-        if storage.device.type == "cpu" and (storage.nbytes() < 10_000 or not of_a_file(storage.data_ptr())):
+        if storage.device.type == "cpu" and not Memory.reading and storage._cdata not in FILES:
             super()._note(storage)
 
 
-def of_a_file(address: int) -> bool:
-    """Whether memory is a safetensors file that is mapped."""
-    spans = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors"))
-    return any(int(begin, 16) <= address < int(end, 16) for begin, end in spans)
+def reads(*args, **settings) -> dict[str, Tensor]:
+    """transformers' function that maps a safetensors file."""
+    Memory.reading = True
+    found = LOAD(*args, **settings)
+    Memory.reading = False
+    for tensor in found.values():
+        storage = tensor.untyped_storage()
+        FILES[storage._cdata] = weakref.ref(storage, lambda _, key=storage._cdata: FILES.pop(key, None))
+    return found
 
 
 def measured(owner: object, name: str, peaks: dict[str, list[int]]) -> None:
@@ -61,6 +74,7 @@ def measured(owner: object, name: str, peaks: dict[str, list[int]]) -> None:
 def main() -> None:
     split.free_memory = lambda device: 0.0
     save_split.SHARD = SHARD
+    modeling_utils.load_state_dict = reads
     peaks: dict[str, list[int]] = {}
     for owner, name in PARTS:
         measured(owner, name, peaks)

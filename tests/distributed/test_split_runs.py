@@ -45,7 +45,6 @@ def large(folder):
 CASES = {
     "dpo": ["algo=dpo", "optim.weight_decay=1"],  # of the large model; it goes first
     "tdpo with a live reference": ["algo=tdpo", "reference.store=off"],  # which hands its head over
-    "grpo": ["algo=grpo", "source.prompts=3", "source.samples=2", "sampler.batch_size=2"],  # three chunks of samples
     "reward_bt": ["algo=reward_bt", "evaluation.prompts=0"],
 }
 
