@@ -46,18 +46,18 @@ def composed(*words: str) -> TrainConfig:
     return found[0]
 
 
-def step_of(name: str, cfg: TrainConfig, lora: bool) -> tuple[memory.DryRun, float]:
-    """(what a micro-batch takes, its FLOPs: forward, recomputed, backward)."""
+def step_of(name: str, cfg: TrainConfig, lora: bool) -> tuple[memory.DryRun, float, float | None]:
+    """(what a micro-batch takes, its FLOPs: forward, recomputed, backward; bytes of the largest part of a model that is loaded split)."""
     model = replace(cfg.model, gradient_checkpointing=True, lora=replace(cfg.model.lora, enabled=lora))
     if model.kind == "causal_lm":
         config, work = known_config(model.path), PAIRS * tree_work(PROMPT, [REPLY, REPLY], 2 * REPLY)
         run = memory.dry_run(config, model, "bf16", False, "sdpa", memory.Shape(1, int(work.tokens), int(work.scored), False), "cuda")
         shape = shape_of(config)
-        return run, shape.step(work, lora) + shape.forward(work)
+        return run, shape.step(work, lora) + shape.forward(work), memory.block_of(run, shape)
     folder = known_pipeline(model.path, model.max_sequence_length)
     counted = plan_pictures.counted(plan_pictures.meta_denoiser(folder, model.resolution), model.resolution)
     shape = plan_pictures.adapted(counted, model, folder)
-    return plan_pictures.dry_run(folder, replace(cfg, model=model), DRAWS)[0], shape.step(DRAWS, lora) + shape.forward(DRAWS)
+    return plan_pictures.dry_run(folder, replace(cfg, model=model), DRAWS)[0], shape.step(DRAWS, lora) + shape.forward(DRAWS), None
 
 
 def paper() -> list[dict[str, Any]]:
@@ -67,16 +67,17 @@ def paper() -> list[dict[str, Any]]:
         pictures = ["data=tiny-pictures"] if word in ("sdxl", "flux-dev") else []
         cfg = composed("algo=dpo", f"model={word}", "hardware=8xh100_zero3", *pictures)
         for lora in (False, True) if word != "sdxl" else (False,):
-            run, flops = step_of(name, cfg, lora)
+            run, flops, block = step_of(name, cfg, lora)
             for gpus in GPUS:
                 for stage in STAGES if not lora else (3,):
                     hardware = replace(cfg.hardware, zero=stage, nodes=gpus // 8)
                     layout = layout_of(hardware, zero_settings(replace(cfg, hardware=hardware)))
                     needs = memory.memory(run, device="cuda", layout=layout, micros=1, frozen_copies=0, reloads=False, cache=0.0,
-                                          runtime=memory.GPU_RUNTIME)
+                                          runtime=memory.GPU_RUNTIME, block=block)
                     sent, (speed, where) = traffic(layout, run.weights, run.parameters, run.trainable, 1), bandwidth(hardware)
                     total = sum(sent.values())
-                    whole = needs.moments.get("the start and the end, with whole weights", needs.peak)
+                    other = needs.moments["an evaluation"] if stage == 3 else needs.peak
+                    whole = needs.moments.get("the start and the end, with whole weights", other)
                     out.append({"model": name + (", LoRA" if lora else ""), "gpus": gpus, "stage": stage,
                                 "step": max(needs.moments["a backward pass"], needs.moments["an update of the weights"]), "whole": whole,
                                 "sent": total, "sending": total / speed, "link": where, "computing": flops / (PEAK * MFU)})
@@ -104,7 +105,7 @@ def checked(folder: Path) -> list[dict[str, Any]]:
 
 
 def _paper_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| model | GPUs | ZeRO | a step holds | whole weights, at start and end | sent | sending | computing |",
+    lines = ["| model | GPUs | ZeRO | a step holds | start, evaluations and end | sent | sending | computing |",
              "|---|---|---|---|---|---|---|---|"]
     return "\n".join([*lines, *(
         f"| {r['model']} | {r['gpus']} | {r['stage']} | {_gb(r['step'])} | {_gb(r['whole'])} | {_gb(r['sent'])} | {r['sending']:.2f} s | "

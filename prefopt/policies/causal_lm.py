@@ -26,6 +26,8 @@ from prefopt.policies.loading import add_lora, context_of, first_line, load_mode
 from prefopt.policies.locate import Located, locate
 from prefopt.policies.logprob import Head, token_logprobs
 from prefopt.policies.owned import consult
+from prefopt.policies.save_split import save_split
+from prefopt.policies.split import Hooks, is_split, whole_shape
 
 # How far two ways of scoring the same tokens may be apart, in nats (reward models: in sizes of the hidden state): rounding of fp32, or of
 # bf16 matrix products.
@@ -55,15 +57,19 @@ class LanguageModel(nn.Module):
     task = "CAUSAL_LM"  # PEFT's word for it
     difference = "log-probs would differ by {:.2g} nats"
 
-    def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
+    def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int,
+                 split: dict[str, Any] | None = None):
         super().__init__()
         self.cfg, self.precision = cfg, precision
         located = locate(cfg)
+        if split and located.gguf_file:
+            print("model: weights of a GGUF file are read as a whole on every process, and split later", file=sys.stderr)
+            split = None
         self.source = {"path": cfg.path, "where": located.where, "revision": located.revision, "fingerprint": located.fingerprint()}
         print(f"model: {located.where}", file=sys.stderr)
         self.tokenizer = load_tokenizer(located, trust)
         frozen = torch.bfloat16 if precision == "bf16" and cfg.lora.enabled else torch.float32
-        self.model = self.load(located, trust, frozen, seed).to(device)
+        self.model = self.load(located, trust, frozen, seed, split).to(device)
         self.tokeniser = Tokeniser(self.tokenizer, data, context_of(self.model.config), cfg.chat_template, cfg.thinking)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         if cfg.gradient_checkpointing:
@@ -81,11 +87,12 @@ class LanguageModel(nn.Module):
                 if cfg.attention != "auto":
                     raise UserError(f"model.compile=true does not go with model.attention={cfg.attention} on a CPU; set it to auto")
                 self.kernel = None
+        self.hooks = Hooks(self, self.outside) if split else None
         self.train()  # transformers hands models over in evaluation mode; dropout, if asked for, is for training
 
-    def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int, split: dict[str, Any] | None) -> nn.Module:
         """The model in `located`, without an adapter."""
-        model, missing = load_model(located, self.cfg, trust, dtype)
+        model, missing = load_model(located, self.cfg, trust, dtype, split=split)
         if missing:
             raise UserError(f"{located.where} lacks weights ({', '.join(sorted(missing)[:3])}); it is no complete language model (a reward "
                             "model has no language head)")
@@ -106,6 +113,11 @@ class LanguageModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The model without its head."""
         return self.inner.get_decoder()
+
+    @property
+    def outside(self) -> nn.Module | None:
+        """The part whose weights `forward` uses by itself."""
+        return None
 
     @property
     def layout(self) -> str:
@@ -148,7 +160,7 @@ class LanguageModel(nn.Module):
     def _agrees(self, key: str, **change: Any) -> bool:
         """Whether a few tokens get the same scores after the `change` as by the plain way. It stays if so; if not, that is said."""
         generator = torch.Generator().manual_seed(0)
-        size = self.inner.get_input_embeddings().weight.shape[0]
+        size = whole_shape(self.inner.get_input_embeddings().weight)[0]
         ids = [torch.randint(size, (n,), generator=generator).tolist() for n in (9, 5, 7, 6, 3, 4)]
         rows = [Row(Tokens(ids[p], [Branch(r, [True] * len(r), True) for r in replies]), "pair")
                 for p, replies in ((0, ids[1:3]), (3, ids[4:]))]
@@ -218,7 +230,10 @@ class LanguageModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """A plain transformers folder, or a PEFT adapter folder, with the tokenizer."""
-        self.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.cfg.lora.enabled else {}))
+        if self.hooks and self.hooks.blocks:
+            save_split(self.model, folder, self.hooks)
+        else:
+            self.model.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.cfg.lora.enabled else {}))
         self.tokenizer.save_pretrained(folder)
 
 
@@ -231,13 +246,18 @@ class CausalLM(LanguageModel):
 
     quantity = "token_logp"  # what `forward` returns
 
-    def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int):
-        super().__init__(cfg, data, trust, device, precision, seed)
+    def __init__(self, cfg: ModelConfig, data: DataConfig, trust: TrustConfig, device: torch.device, precision: str, seed: int,
+                 split: dict[str, Any] | None = None):
+        super().__init__(cfg, data, trust, device, precision, seed, split)
         refuse_adapter_on_tied_head(self.inner, f"model.lora.{'adapter' if cfg.lora.adapter else 'targets'}")
         self.fuse = False
         self.fuse = cfg.fused_head and self._agrees("model.fused_head", fuse=True)
         if self.fuse:
             self._choose_layout()
+
+    @property
+    def outside(self) -> nn.Module:
+        return self.model.get_output_embeddings()
 
     @property
     def scoring(self) -> str:
@@ -325,7 +345,7 @@ class CausalLM(LanguageModel):
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt):], mask[row, width - len(prompt):] = torch.tensor(prompt), 1
-        with self.autocast(keep=True), eagerly(self.cfg.compile):
+        with self.autocast(keep=not any(map(is_split, self.parameters()))), eagerly(self.cfg.compile):
             made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
         replies = []
         for new in made[:, width:].tolist():

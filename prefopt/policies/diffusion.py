@@ -35,6 +35,7 @@ from prefopt.policies.guidance import PLAIN, Guidance, Side
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.owned import consult
+from prefopt.policies.split import Hooks
 from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
 from prefopt.policies.truncated import renoised, truncated
 from prefopt.policies.user_branch import Users
@@ -123,6 +124,7 @@ class DiffusionPolicy(nn.Module):
         self.sampling: Sampling | None = None  # of the walks, which whoever drew them leaves here
         self.walks: dict[int, Walk] = {}
         self.sides: tuple[Side | None, Side | None] = (None, None)  # of guidance, where others draw along (`policies/negative.py`)
+        self.hooks: Hooks | None = None  # while the weights are split and DeepSpeed does not gather them
         self.train()
 
     @property
@@ -449,7 +451,8 @@ class DiffusionPolicy(nn.Module):
 
     def save(self, folder: Path) -> None:
         """What a plain pipeline of diffusers loads: the network, or its LoRA weights."""
-        self.denoiser.save(folder)
+        with self.hooks.whole() if self.hooks else nullcontext():
+            self.denoiser.save(folder)
 
     # ---- samples ---------------------------------------------------------------------------------
 

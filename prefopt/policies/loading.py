@@ -15,6 +15,7 @@ from prefopt.data.tokenise import Tokeniser
 from prefopt.errors import UserError
 from prefopt.policies.locate import Located, locate, plain
 from prefopt.policies.packed import plain_attention
+from prefopt.policies.split import reading
 
 
 def load_tokeniser(cfg: ModelConfig, data: DataConfig, trust: TrustConfig) -> Tokeniser:
@@ -52,8 +53,9 @@ def load_config(located: Located, trust: TrustConfig) -> Any:
 
 
 def load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: torch.dtype, auto: str = "AutoModelForCausalLM",
-               **settings: Any) -> tuple[nn.Module, set[str]]:
-    """(model, names of weights that the folder does not have). `auto` is the class of transformers, `settings` go into its config."""
+               split: dict[str, Any] | None = None, **settings: Any) -> tuple[nn.Module, set[str]]:
+    """(model, names of weights that the folder does not have). `auto` is the class of transformers, `settings` go into its config. `split`:
+    as in `load.load_policy`."""
     import transformers
     from transformers.utils import logging
 
@@ -66,6 +68,7 @@ def load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: to
                         "set model.attention=auto")
     attention = plain_attention(config.get_text_config(), cfg.attention)
     fourbit = _four_bits() if cfg.quantize else {}
+    safe = None if located.gguf_file else True
     for name, value in settings.items():
         setattr(config, name, value)
     for part in (config, config.get_text_config()):
@@ -76,10 +79,11 @@ def load_model(located: Located, cfg: ModelConfig, trust: TrustConfig, dtype: to
             elif name == "layerdrop":
                 part.layerdrop = 0.0
     try:
-        model, report = getattr(transformers, auto).from_pretrained(
-            located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=attention,
-            trust_remote_code=trust.remote_code, use_safetensors=None if located.gguf_file else True, output_loading_info=True, **fourbit,
-        )
+        with reading(split, dtype):
+            model, report = getattr(transformers, auto).from_pretrained(
+                located.folder, config=config, gguf_file=located.gguf_file, dtype=dtype, attn_implementation=attention,
+                trust_remote_code=trust.remote_code, use_safetensors=safe, output_loading_info=True, **fourbit,
+            )
         for module in model.modules() if fourbit else ():
             # On CPUs with bf16 instructions bitsandbytes packs weights at the first evaluation, in a form that has no gradient.
             module.support_avx512bf16_for_cpu = False

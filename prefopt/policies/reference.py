@@ -118,9 +118,11 @@ class FrozenCopy:
 
     how = "frozen copy"
 
-    def __init__(self, policy: nn.Module):
-        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}  # what an adapter lies on is the same for both
-        self.policy, self.frozen = policy, copy.deepcopy(policy, shared).eval().requires_grad_(False)
+    def __init__(self, policy: nn.Module, frozen: nn.Module | None = None):
+        if frozen is None:
+            shared = {id(p): p for p in policy.parameters() if not p.requires_grad}  # what an adapter lies on is the same for both
+            frozen = copy.deepcopy(policy, shared)
+        self.policy, self.frozen = policy, frozen.eval().requires_grad_(False)
 
     def model(self) -> AbstractContextManager:
         """In it, the model that it gives scores as the reference does."""
@@ -170,9 +172,13 @@ class Reloaded:
 
     @torch.no_grad()
     def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
+        self.ready()
+        return self.model(micro, *asked)
+
+    def ready(self) -> None:
+        """Loads it, if it is not there: under ZeRO stage 3 all processes do so together."""
         if self.model is None:
             self.model = self.load().eval().requires_grad_(False)
-        return self.model(micro, *asked)
 
     def release(self) -> None:
         if self.model is None:
@@ -184,17 +190,18 @@ class Reloaded:
             torch.cuda.empty_cache()
 
 
-def make_reference(policy: nn.Module, which: str, moves: bool = False, name: str = "reference") -> AdapterOff | FrozenCopy:
+def make_reference(policy: nn.Module, which: str, moves: bool = False, name: str = "reference",
+                   again: Callable[[], nn.Module] | None = None) -> AdapterOff | FrozenCopy:
     """The scores of the reference for a micro-batch; `how` says how they are got. Call it before the first step.
 
     `initial` is the policy as it stands now; `base` the model without its adapter. A fresh LoRA adapter changes nothing, so both are
     the adapter switched off; an adapter loaded from disk makes them differ, and so does a reference that `moves` (is refreshed on the
     way). Of a diffusion model the whole is then copied. The copy shares dtype, attention and device with the policy. `name` tells several
-    copies of one adapter apart.
+    copies of one adapter apart. A policy that is split over processes cannot be copied: `again` loads it once more.
     """
     cfg = getattr(policy, "cfg", None)
     if cfg is not None and cfg.frozen and not (hasattr(policy, "denoiser") and (cfg.adapter or moves) and which != "base"):
         return AdapterOff(policy) if which == "base" or not (cfg.adapter or moves) else AdapterCopy(policy, name)
     if which == "base":
         raise UserError("reference.policy=base means the model without its adapter, and there is none; use reference.policy=initial")
-    return FrozenCopy(policy)
+    return FrozenCopy(policy, again() if again and getattr(policy, "hooks", None) else None)

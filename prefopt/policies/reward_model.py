@@ -18,6 +18,7 @@ from prefopt.policies.causal_lm import LanguageModel
 from prefopt.policies.loading import load_model
 from prefopt.policies.locate import Located
 from prefopt.policies.packed import KERNELS
+from prefopt.policies.split import make_whole
 from prefopt.policies.tabular import Table
 
 # Beside a saved reward model: what decides how a text is rendered for it, and what an adapter belongs to.
@@ -40,15 +41,17 @@ class RewardModel(LanguageModel):
         super().__init__(*args, **settings)
         self._choose_layout()
 
-    def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    def load(self, located: Located, trust: TrustConfig, dtype: torch.dtype, seed: int, split: dict[str, Any] | None) -> nn.Module:
         with _quiet(), torch.random.fork_rng(devices=[]):  # transformers draws the missing head unseeded, and warns; it is made here
-            model, missing = load_model(located, self.cfg, trust, dtype, "AutoModelForSequenceClassification", num_labels=1)
+            model, missing = load_model(located, self.cfg, trust, dtype, "AutoModelForSequenceClassification", split, num_labels=1)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear):
             raise UserError(f"{located.where}: {type(model).__name__} has no linear head named score on its last token, so it cannot be "
                             "trained or used as a reward model; use a decoder-only language model")
         if other := sorted(name for name in missing if not name.startswith("score.")):
             raise UserError(f"{located.where} lacks weights ({', '.join(other[:3])}); it is no complete model")
+        if split:
+            make_whole(head)  # it is small, and about to change
         if missing:
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)

@@ -22,6 +22,11 @@ OURS = {
     "bfloat16": "hardware.precision", "amp": "hardware.precision", "tensorboard": "tracker.tensorboard", "wandb": "tracker",
     "data_efficiency": "data", "curriculum_learning": "transforms",
 }
+# Weights that are neither in memory nor what they stand for cannot be gathered outside of DeepSpeed's own passes.
+ELSEWHERE = {
+    "zero_optimization.zero_quantized_weights": (True,), "zero_optimization.zero_quantized_nontrainable_weights": (True,),
+    "zero_optimization.offload_param.device": ("nvme",),
+}
 
 
 def deepspeed_json(cfg: TrainConfig) -> dict[str, Any] | None:
@@ -81,6 +86,8 @@ def merged(made: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str 
             ours = {"gradient_clipping": "optim.max_grad_norm", "zero_optimization.stage": "hardware.zero"}.get(name)
             fix = f"set {ours}={value}, or remove it" if ours else "prefopt splits a step by train.micro_batch_tokens; remove it"
             raise UserError(f"{path}: {name} is {value} and this run has {made[key]}; {fix}")
+        if value in ELSEWHERE.get(name, ()):
+            raise UserError(f"{path}: {name} is {json.dumps(value)}, and a run samples and saves with the weights as they are; remove it")
         if name in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param") and key not in made:
             if isinstance(value, dict) and value.get("device") in (None, "none"):
                 continue

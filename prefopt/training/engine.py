@@ -19,6 +19,7 @@ from prefopt.objectives.base import PER_TOKEN, Batch, Objective, double_type, re
 from prefopt.policies.asked import Asked
 from prefopt.policies.owned import PREFIX, give_module
 from prefopt.policies.reference import Provider
+from prefopt.policies.split import whole_shape
 from prefopt.policies.teacher import Teacher
 from prefopt.training.coupling import gather_batches, join
 from prefopt.training.metrics import Averages, batch_metrics
@@ -56,7 +57,8 @@ def parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, A
     own = getattr(getattr(policy, "owned", None), "weight_decay", None)
     matrices, others, apart = [], [], []
     for name, parameter in policy.trainable().items():
-        (apart if own is not None and name.startswith(PREFIX) else matrices if parameter.dim() >= 2 else others).append(parameter)
+        group = matrices if len(whole_shape(parameter)) >= 2 else others
+        (apart if own is not None and name.startswith(PREFIX) else group).append(parameter)
     groups = zip((matrices, others, apart), (weight_decay, 0.0, own), strict=True)
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 

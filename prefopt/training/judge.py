@@ -134,9 +134,12 @@ class Judge:
                 if self.held_out is not None and self.held_out.rows:
                     out.pairs = self._pairs()
                 if self.prompts and policy.quantity != "reward":  # a reward model writes nothing
+                    if isinstance(self.initial, Reloaded) and self._is_exact:
+                        self.initial.ready()
                     with self.engine.parallel.whole():  # processes sample their own prompts, each in as many passes as it needs
-                        out.samples = self._sample(step)
+                        samples = self._sample(step)
                         forward = self._forward_kl()
+                    out.samples = sorted(gather_object(samples) if self.engine.world > 1 else samples, key=lambda s: s["id"])
         finally:
             policy.train(was_training)
             if isinstance(self.initial, Reloaded):
@@ -319,7 +322,8 @@ class Judge:
     # ---- samples ---------------------------------------------------------------------------------
 
     def _sample(self, step: int) -> list[dict[str, Any]]:
-        """One reply per held-out prompt, with its rewards and its log-ratio to the initial policy; the same seed at every step."""
+        """This process's share of one reply per held-out prompt, with its rewards and its log-ratio to the initial policy; the same seed at
+        every step."""
         engine, policy = self.engine, self.engine.policy
         rank, world = engine.accelerator.process_index, engine.world
         mine = list(range(rank, len(self.prompts), world))
@@ -338,9 +342,13 @@ class Judge:
                 "step": step, "id": i, "prompt": self.prompts[i].prompt_text, **made, "reward": own.get(self.main_reward),
                 "log_ratio": log_ratio, **({"rewards": own} if len(own) > 1 else {}),
             })
-        if world > 1:
-            out = gather_object(out)
-        return sorted(out, key=lambda s: s["id"])
+        return out
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether samples are the policy's own: temperature and nucleus sampling draw from another distribution than the one whose KL is
+        meant."""
+        return self._pictures or self.sampler.temperature == self.sampler.top_p == 1
 
     def _forward_kl(self) -> dict[str, np.ndarray]:
         """log pi_0(y|x) - log pi(y|x) of what the initial policy has written (`start_drawn`), nats: its mean estimates KL(pi_0 || pi)."""
@@ -350,9 +358,7 @@ class Judge:
     def _log_ratios(self, prompts: list[list[int]], replies: list[Branch]) -> list[float | None]:
         """log pi(y|x) - log pi_0(y|x) of samples, nats: exact per sequence, so its mean estimates KL(pi || pi_0). Of pictures it is the
         difference of scores at the draws that held-out pictures are judged at."""
-        # Temperature or nucleus sampling draws from another distribution than the one whose KL is meant.
-        other = not (self._pictures or self.sampler.temperature == self.sampler.top_p == 1)
-        if self.initial is None or not prompts or other or self.draws_another:
+        if self.initial is None or not prompts or not self._is_exact or self.draws_another:
             return [None] * len(prompts)
         rows = [Row(Tokens(p, [r]), "demonstration") for p, r in zip(prompts, replies, strict=True)]
         budget, policy = self.held_out.budget if self.held_out else 4096, self.engine.policy

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_iter
 
 from prefopt.config.schema import ModelConfig
 from prefopt.policies import logprob
-from prefopt.policies.flops import layer_kinds
+from prefopt.policies.flops import ModelShape, layer_kinds
 from prefopt.policies.head import head_of
 from prefopt.policies.loading import add_lora
 from prefopt.training.sharding import MOMENTS, NUMBER, Layout, states
@@ -273,18 +273,22 @@ def _quiet() -> Iterator[None]:
 
 
 def memory(run: DryRun, *, device: str, layout: Layout, micros: int, frozen_copies: int, reloads: bool, cache: float, runtime: float,
-           quantised: float = 0.0) -> Memory:
+           quantised: float = 0.0, block: float | None = None) -> Memory:
     """Adds up the parts of a process.
 
     layout:      how states are split among processes.
     micros:      most micro-batches in a step; gradients are held through all but the first.
-    frozen_copies: models that stay in memory beside the policy, each whole: a reference, teachers. `reloads`: one is loaded for each
-                 evaluation.
+    frozen_copies: models that stay in memory beside the policy: a reference, teachers. `reloads`: one is loaded for each evaluation.
     cache:       bytes that sampling takes (keys and values, logits). `quantised`: weights stored in 4 bits, in numbers.
+    block:       bytes of the largest part of a model that is split while it is read, and gathered part by part (`policies/split.py`); None
+                 for models that are whole when they are read.
     """
     weights = run.weights - quantised * ((2 if run.weights < 3 * run.parameters else 4) - FOURBIT)
     held = states(layout, weights, run.parameters, run.trainable)
-    reference = frozen_copies * weights
+    together = layout.stage == 3 and block is not None
+    copy = weights / layout.world if together else weights  # of a second model
+    at_a_time = max(held.gathered, 2 * block) if together else held.gathered  # what all have sent, and weights made of it
+    reference = frozen_copies * copy
     base = runtime + held.weights + held.optimizer + reference
     whole = NUMBER * run.trainable  # gradients as backward passes leave them
     working = max(run.working, run.scoring) if frozen_copies else run.working
@@ -298,9 +302,9 @@ def memory(run: DryRun, *, device: str, layout: Layout, micros: int, frozen_copi
     moments = {
         "a backward pass": base + held.buckets + kept + held.gathered + run.activations + working + slack,
         "an update of the weights": base + at_update,  # the fused AdamW makes no tensors
-        "an evaluation": base + (weights if reloads else 0.0) + held.gathered + max(cache, run.scoring),
+        "an evaluation": base + (copy if reloads else 0.0) + at_a_time + max(cache, run.scoring),
     }
-    if layout.stage == 3:  # they are split after they were loaded, and gathered to sample and to be saved
+    if layout.stage == 3 and not together:  # they are split after they were loaded
         moments["the start and the end, with whole weights"] = base - held.weights + weights + cache
     if device == "cpu":  # safetensors copies what it is given before it writes
         moments["a checkpoint"] = base + MOMENTS * run.trainable
@@ -308,6 +312,12 @@ def memory(run: DryRun, *, device: str, layout: Layout, micros: int, frozen_copi
             moments = {name: size + held.host for name, size in moments.items()}
     return Memory(runtime, held.weights, reference, held.optimizer, held.gradients + held.buckets, run.activations, working, slack, moments,
                   held.gathered, held.host)
+
+
+def block_of(run: DryRun, shape: ModelShape) -> float:
+    """Bytes of the largest part that a language model is gathered by: a layer, or the matrix of its vocabulary."""
+    layer = (shape.parameters - shape.head) / shape.layers
+    return max(shape.head, layer) * run.weights / run.parameters
 
 
 def resident() -> float:

@@ -54,7 +54,8 @@ class Replicated:
         self.optimizer.zero_grad()
 
     def whole(self) -> AbstractContextManager:
-        """In it, weights may be read and the policy may be called by one process alone. Every process enters and leaves it."""
+        """In it, the policy may be called and saved by one process alone. Every process enters and leaves it, and does nothing inside that
+        the others have to take part in."""
         return nullcontext()
 
     def state(self, main: bool = True) -> TrainingState | None:

@@ -195,7 +195,7 @@ def estimate(cfg: TrainConfig, ground: Ground) -> Plan:
     needs = memory.memory(
         run, device=device.type, layout=layout, micros=most, reloads=reloads,
         frozen_copies=_copies(cfg, ground.objective, reference), cache=_cache(cfg, text, ground, sampled),
-        runtime=runtime, quantised=ground.shape.body if cfg.model.quantize else 0.0,
+        runtime=runtime, quantised=ground.shape.body if cfg.model.quantize else 0.0, block=memory.block_of(run, ground.shape),
     )
     has = cfg.hardware.memory_gb * 1e9 if cfg.hardware.memory_gb else memory.capacity(device.type)
     if has and device.type == "cpu":

@@ -28,9 +28,10 @@ from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import RunFailed, UserError
 from prefopt.objectives.base import Objective
 from prefopt.policies.asked import Asked
-from prefopt.policies.load import load_policy
 from prefopt.policies.reference import AdapterOff, AsLoaded, Provider, Reloaded, Stored, make_reference
+from prefopt.policies.split import Hooks, alone
 from prefopt.policies.store import Store, entry_key, evict, reference_root
+from prefopt.training import loading
 from prefopt.training.engine import quantities
 from prefopt.training.rundir import differences, read_manifest
 from prefopt.training.source import OfflineSource
@@ -61,6 +62,7 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
     may_store = cfg.reference.store != "off" and cfg.model.kind != "tabular"
     reload = may_store and not (model.frozen or moves)  # a second model need not stay in memory
     stored: Stored | None = None
+    load = _loader(cfg, policy, accelerator)
     about: dict[str, Any] = {}
     live = f"it moves (reference.refresh={cfg.reference.refresh})" if moves else ""
     if cfg.model.kind == "diffusion" and not cfg.noise.pool:
@@ -77,15 +79,15 @@ def make_references(cfg: TrainConfig, policy: nn.Module, objective: Objective, s
     if stored:
         reference = stored
     elif reads or (kl and not reload):
-        reference = make_reference(policy, which, moves)
+        reference = make_reference(policy, which, moves, again=load)
     else:
-        reference = Reloaded(_loader(cfg, policy, accelerator)) if kl else None
+        reference = Reloaded(load) if kl else None
     initial = None
     if kl:  # KL is to the policy the run started from, whatever the objective's reference is
         if not stored and not moves and (which == "initial" or not model.adapter):
             initial = reference
         else:
-            initial = Reloaded(_loader(cfg, policy, accelerator)) if stored and reload else make_reference(policy, "initial", name="start")
+            initial = Reloaded(load) if stored and reload else make_reference(policy, "initial", name="start", again=load)
     return References(reference, initial, {"reference": reference.how if reference else "none", **about})
 
 
@@ -97,7 +99,7 @@ def _loader(cfg: TrainConfig, policy: nn.Module, accelerator: Accelerator) -> Ca
     def load() -> nn.Module:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), redirect_stderr(io.StringIO()):  # what there is to say was said at the start
-            again = load_policy(model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, noise=cfg.noise)
+            again = loading.again(cfg, model, accelerator)
             if cfg.model.kind == "diffusion":
                 again.encodings = policy.encodings
         if again.source["fingerprint"] != expected:
@@ -239,7 +241,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
     of_tokens = (lambda micro: filler(micro, Asked(value=value))["value"]) if value else filler
     with one_filler(store, scorer, accelerator):
         how = found_in(store) if main else how  # others may have filled it meanwhile
-        fill(store, rows, keys, level, of_tokens, source, accelerator)
+        fill(store, rows, keys, level, of_tokens, source, accelerator, getattr(policy, "hooks", None))
     values: list[list[Any]] = []
     if main:
         found = store.found
@@ -285,9 +287,9 @@ def one_filler(store: Store | None, scorer: str, accelerator: Accelerator) -> It
 
 
 def fill(store: Store | None, rows: Sequence[Row], keys: Sequence[Sequence[bytes]], level: str, filler: Provider, source: OfflineSource,
-         accelerator: Accelerator) -> None:
+         accelerator: Accelerator, hooks: Hooks | None = None) -> None:
     """Scores what the store lacks of `rows` (whose entries are called `keys`), chunk by chunk, one shard for each. `store` and `keys`
-    are the main process's; the others follow it.
+    are the main process's; the others follow it. `hooks`: those of a filler whose weights are split.
 
     Before each chunk the store is read again, and the chunks are taken in random order, so that runs share the work where a file system
     has no locks (see `one_filler`); a run that is killed leaves its finished chunks.
@@ -302,7 +304,8 @@ def fill(store: Store | None, rows: Sequence[Row], keys: Sequence[Sequence[bytes
             part = _from_main(next(left, None), accelerator)
             if part is None:
                 return
-            scored = _score(part, rows, level, filler, replace(source, budget=budget, view="pairs", soft_labels=True), accelerator)
+            with alone(hooks):
+                scored = _score(part, rows, level, filler, replace(source, budget=budget, view="pairs", soft_labels=True), accelerator)
             everyone = gather_object(scored) if accelerator.num_processes > 1 else scored
             for row, _, values in everyone:
                 if not np.isfinite(values).all():

@@ -28,9 +28,9 @@ from prefopt.data.steps import mark_steps
 from prefopt.data.transforms import Tools, apply_transforms, transform_lines
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
-from prefopt.policies.load import load_policy
 from prefopt.policies.locate import adapter_fingerprint
 from prefopt.policies.negative import make_sides
+from prefopt.policies.split import whole_shape
 from prefopt.policies.start import started
 from prefopt.rewards import pictures
 from prefopt.rewards.true_reward import held_out_rewards, make_rewards
@@ -41,6 +41,7 @@ from prefopt.training.auto_beta import find_beta
 from prefopt.training.deepspeed_json import deepspeed_json
 from prefopt.training.engine import Engine
 from prefopt.training.judge import Judge
+from prefopt.training.loading import load
 from prefopt.training.moving import Moving, moving_averages
 from prefopt.training.online import OnlineSource
 from prefopt.training.picture_rounds import PictureRounds, asks_for_given
@@ -181,7 +182,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     with accelerator.main_process_first():
         rewards = make_rewards(cfg.reward, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.model)
         beside = held_out_rewards(cfg.evaluation, accelerator.device)
-        policy = load_policy(cfg.model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed, quantity, cfg.noise)
+    policy = load(cfg, cfg.model, accelerator, quantity)
     if cfg.model.kind == "diffusion":
         if stepwise and not teaches:  # their pictures will not be looked at
             train_split.examples = [replace(e, completions=[]) for e in train_split.examples]
@@ -251,8 +252,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "model": {**policy.source, "adapter": adapter_fingerprint(cfg.model.adapter)}, **references.about, **taught,
         "scoring": getattr(policy, "scoring", None), **beta,
         "rewards": {name: getattr(reward, "source", "known of the world") for name, reward in (rewards | beside).items()},
-        "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
-        "parameters": sum(p.numel() for p in policy.parameters()),
+        "trainable_parameters": sum(whole_shape(p).numel() for p in policy.trainable().values()),
+        "parameters": sum(whole_shape(p).numel() for p in policy.parameters()),
         "tokenizer_sha256": policy.tokeniser.digest() if hasattr(policy, "tokeniser") else None,
         "data": {s.name: {"sha256": read[s.name], "revision": s.revision, **d.stats} for s, d in
                  ((train_split, train), (held_out_split, held_out))},

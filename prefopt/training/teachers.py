@@ -18,9 +18,10 @@ from prefopt.config.schema import ModelConfig, TrainConfig
 from prefopt.data.batch import Row
 from prefopt.errors import UserError
 from prefopt.objectives.base import Objective
-from prefopt.policies.load import load_policy
+from prefopt.policies.split import whole_shape
 from prefopt.policies.start import model_settings, policy_folder, started
 from prefopt.policies.teacher import Teacher, live_teachers
+from prefopt.training.loading import load
 from prefopt.training.reference import store_or_not
 from prefopt.training.source import OfflineSource
 
@@ -64,9 +65,9 @@ def load_teachers(cfg: TrainConfig, policy: nn.Module, accelerator: Accelerator)
         if path is None:
             continue
         model = teacher_config(cfg.model, path, f"teacher.{key}")
-        with accelerator.main_process_first(), torch.random.fork_rng(devices=devices), redirect_stderr(io.StringIO()):
+        with torch.random.fork_rng(devices=devices), redirect_stderr(io.StringIO()):
             try:
-                models.append(load_policy(model, cfg.data, cfg.trust, accelerator.device, cfg.hardware.precision, cfg.seed))
+                models.append(load(cfg, model, accelerator))
             except UserError as error:
                 raise UserError(f"teacher.{key}={path}: {error}") from error
         if differs := _vocabulary(policy, models[-1]):
@@ -108,7 +109,7 @@ def check_distributions(models: Sequence[nn.Module], objective: Objective) -> No
         if not model.fuse:
             raise UserError(f"{name} compares whole next-token distributions, which takes logits made in chunks, and model.fused_head is "
                             f"off for {model.source['where']} (by its setting, or because its head is no plain matrix); use another model")
-        words.add(len(model.inner.get_output_embeddings().weight))
+        words.add(whole_shape(model.inner.get_output_embeddings().weight)[0])
         capped = getattr(model.inner.config.get_text_config(), "final_logit_softcapping", None)
         if capped and "distance" in objective.quantities.get("teacher", ()) and model is not models[0]:
             raise UserError(f"{name} extrapolates its teachers' logits, and {model.source['where']} caps them (final_logit_softcapping "

@@ -27,6 +27,7 @@ from prefopt.config.schema import HardwareConfig, ModelConfig
 from prefopt.data.batch import MicroBatch
 from prefopt.objectives.base import Objective
 from prefopt.policies.flops import PEAKS, ModelShape, Work, padded_work, peak_flops, shape_of, tree_work
+from prefopt.policies.split import whole_shape
 
 if TYPE_CHECKING:
     from prefopt.policies.denoiser_flops import DrawShape
@@ -102,8 +103,9 @@ def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Modul
         print(f"model: its FLOPs are not counted ({type(error).__name__}: {str(error)[:200]})", file=sys.stderr)
         shape, beside = None, ()
     cfg, lora = policy.cfg, policy.cfg.lora.enabled
+    adapter = sum(whole_shape(p).numel() for p in policy.trainable().values()) if lora else 0
     return StepKind(
-        shape, layout, shared, lora, sum(p.numel() for p in policy.trainable().values()) if lora else 0, policy.quantity != "reward",
+        shape, layout, shared, lora, adapter, policy.quantity != "reward",
         getattr(policy, "fuse", False), cfg.gradient_checkpointing,
         policy.inner.config.get_text_config()._attn_implementation, twice, "reference" in objective.quantities,
         head_products(objective, lora, len(teachers)), beside, objective.extra_scorers,

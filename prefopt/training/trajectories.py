@@ -120,8 +120,9 @@ class TrajectorySource:
         asked = [(row, group, sample) for group, row in enumerate(rows) for sample in range(source.samples)]
         size = self.cfg.sampler.batch_size
         chunks = range(0, len(asked), size)  # dealt out whole, so that pictures do not depend on the number of ranks
-        mine = [(start, self._draw(asked[start : start + size], number, sampling))
-                for start in chunks[engine.accelerator.process_index :: engine.world]]
+        with engine.parallel.whole():
+            mine = [(start, self._draw(asked[start : start + size], number, sampling))
+                    for start in chunks[engine.accelerator.process_index :: engine.world]]
         everyone = sorted(gather_object(mine) if engine.world > 1 else mine, key=lambda chunk: chunk[0])
         parts = [part for _, part in everyone]
         made = Round([d for p in parts for d in p.drawn], torch.cat([p.latents for p in parts]), torch.cat([p.logps for p in parts]))

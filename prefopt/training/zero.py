@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from prefopt.policies.split import Hooks, alone
 from prefopt.training.parallel import MOMENTS, TrainingState, copied
 
 
@@ -26,6 +27,9 @@ class Zero:
 
     def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], accelerator: Accelerator):
         deepspeed = prepared(accelerator)
+        if getattr(policy, "hooks", None):  # it was split when it was loaded; from here on DeepSpeed gathers
+            policy.hooks.remove()
+            policy.hooks = None
         self.policy, self.accelerator = policy, accelerator
         self.stage: int = settings["zero_optimization"]["stage"]
         self.model = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
@@ -63,12 +67,16 @@ class Zero:
         if self.stage < 3:
             yield
             return
-        parts = self.model.optimizer.parameter_offload
-        parts._remove_module_hooks()  # they would split each module's weights again after it has run
+        parts, policy = self.model.optimizer.parameter_offload, self.policy
+        self.model.empty_partition_cache()  # it may be gathering what comes next, or keep what it will need soon
+        parts._remove_module_hooks()  # they take it that all processes run the same passes
+        policy.hooks = Hooks(policy, getattr(policy, "outside", None))
         try:
-            with self.gathered(list(self.policy.parameters())):
+            with alone(policy.hooks):
                 yield
         finally:
+            policy.hooks.remove()
+            policy.hooks = None
             parts.forward_hooks, parts.backward_hooks = [], []
             parts.setup_zero_stage3_hooks()
 

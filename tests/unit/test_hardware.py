@@ -58,6 +58,7 @@ THEIRS = [
     ({"optimizer": {"type": "AdamW"}}, "optimizer is set by optim in prefopt"),
     ({"fp16": {"enabled": True}}, "fp16 is set by hardware.precision in prefopt"),
     ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "set hardware.offload=all, or remove it"),
+    ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, and a run samples and saves with"),
     ({"zero_optimisation": {"stage": 3}}, "unknown key zero_optimisation; did you mean 'zero_optimization'?"),
 ]
 

@@ -157,8 +157,9 @@ def test_a_plan_of_a_large_model_needs_no_file(capsys, monkeypatch):
     split = said("hardware=8xh100_zero3")
     assert split.startswith("fits: ")
     for part in ("8,030.3 M parameters", "its published sizes are used", "weights, split 8 ways 4.0 GB", "gathering weights",
-                 "NVLink of the H100, one way", "with whole weights", '"stage3_max_live_parameters": 1000000000'):
+                 "NVLink of the H100, one way", "at an evaluation", '"stage3_max_live_parameters": 1000000000'):
         assert part in split
+    assert "with whole weights" not in split  # of a language model no process ever holds them
 
 
 def test_processes_without_rows_are_named():
