@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, SamplerC
 from prefopt.data.batch import MicroBatch
 from prefopt.data.latents import Encodings, encode, patient
 from prefopt.data.records import BadRow, Example, Message
-from prefopt.data.tokenise import Branch, Tokens
+from prefopt.data.tokenise import Tokens
 from prefopt.errors import RunFailed
 from prefopt.objectives.base import About
 from prefopt.policies.denoisers import Denoiser
@@ -35,63 +35,11 @@ from prefopt.policies.guidance import PLAIN, Guidance, Side
 from prefopt.policies.inversion import Leg, floored, grid, walk
 from prefopt.policies.noise import HEAD, HELD_OUT, Draws, address, normals, share
 from prefopt.policies.owned import consult
+from prefopt.policies.sites import Drawing, Seen, Sites, Way
 from prefopt.policies.split import Hooks
 from prefopt.policies.trajectory import Sampling, Transitions, Walk, policy_times, transitions_of
 from prefopt.policies.truncated import renoised, truncated
 from prefopt.policies.user_branch import Users
-
-
-@dataclass
-class Drawing:
-    """A sampled picture: `branch` is how it is scored, under draws that all evaluations share."""
-
-    image: Any  # PIL.Image
-    branch: Branch
-    text: str = ""
-    finished: bool = True
-
-    @property
-    def ids(self) -> list[int]:
-        return self.branch.ids
-
-
-@dataclass
-class Way:
-    """How a picture was drawn in S steps: `times` [S], the `states` x_t [S, C, h, w] at them and what was `said` (predicted) there."""
-
-    picture: int
-    times: Tensor
-    states: Tensor
-    said: Tensor
-
-
-@dataclass
-class Seen:
-    """What N draws of a micro-batch look at: `clean` latents [N, C, h, w], `share` [N] of the process and `weight` [N] of that time, both
-    fp64; the captions, the sizes, and (group, number, picture) of each."""
-
-    clean: Tensor
-    share: Tensor
-    weight: Tensor
-    captions: list[int]
-    sizes: Tensor | None
-    keys: list[tuple[int, int, int]]
-
-
-@dataclass
-class Sites:
-    """Where N draws of a micro-batch are scored: `x_t` and `target` [N, C, h, w], `t` [N], `weight` [N]; captions and sizes for the
-    network, and the guidance that its prediction is to have. With a `huber` h above 0 the target is a picture: its latent dims are off by
-    d and count 2 (sqrt(d^2 + h^2) - h) each instead of a squared error."""
-
-    x_t: Tensor
-    target: Tensor
-    t: Tensor
-    weight: Tensor
-    captions: list[int]
-    sizes: Tensor | None
-    guidance: Guidance = PLAIN
-    huber: float = 0.0
 
 
 @contextmanager

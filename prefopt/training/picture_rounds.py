@@ -22,9 +22,9 @@ from prefopt.data.batch import Row, step_rows
 from prefopt.data.dataset import Dataset
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
-from prefopt.policies.diffusion import Way
 from prefopt.policies.noise import address
 from prefopt.policies.reference import Provider
+from prefopt.policies.sites import Way
 from prefopt.training.checkpoint import naming
 from prefopt.training.engine import quantities
 from prefopt.training.judge import answer
