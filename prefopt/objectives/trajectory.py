@@ -114,8 +114,9 @@ class Critic(nn.Module):
 
     weight_decay = 0.0
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, rate: float):
         super().__init__()
+        self.rate = rate
         hidden = [nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU()]
         self.layers = nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(128, 1))
         nn.init.zeros_(self.layers[-1].weight)
@@ -139,10 +140,11 @@ class DPOK(FlowGRPO):
     beta: float = 0.01
     w_r: float = 100.0
     clip_mode: Literal["ppo", "clamp"] = "ppo"
+    v_rate: float = 10.0
 
     quantities: ClassVar = {"policy": ("step_logp", "divergence", "value"), "reference": ("step_logp",), "previous": ("step_logp",)}
     paper: ClassVar = "2305.16381"
-    require: ClassVar = (*FlowGRPO.require, "w_r > 0", "clip_mode in ('ppo', 'clamp')")
+    require: ClassVar = (*FlowGRPO.require, "w_r > 0", "clip_mode in ('ppo', 'clamp')", "v_rate > 0")
     formula: ClassVar = {
         "policy_gradient": "mean(w_r*(max(-A*exp(min(y-o, 20)), -A*C) if clip_mode == 'ppo' else -A*C) if clipped else -w_r*A*y"
         " for A in [max(min(R-sg(v), adv_clip), -adv_clip)] for C in [max(min(exp(min(y-o, 20)), 1+epsilon), 1-epsilon)])",
@@ -157,7 +159,7 @@ class DPOK(FlowGRPO):
     limits: ClassVar = (({"R": 0, "v": 0.0, "k": 0.0}, "0"),)
 
     def build(self, about: About) -> Any:
-        return Critic(about.hidden)
+        return Critic(about.hidden, self.v_rate)
 
     def advantage(self, batch: Batch) -> Tensor:
         return super().advantage(batch) - self._value(batch).detach()
