@@ -113,10 +113,10 @@ class Critic(nn.Module):
     """V(x_t, caption, t): a small perceptron on what `About` tells the width of, whose last layer starts at zero."""
 
     weight_decay = 0.0
+    rate = 10.0  # times the policy's: the authors' 1e-4 to 1e-5
 
-    def __init__(self, width: int, rate: float):
+    def __init__(self, width: int):
         super().__init__()
-        self.rate = rate
         hidden = [nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU()]
         self.layers = nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(128, 1))
         nn.init.zeros_(self.layers[-1].weight)
@@ -129,22 +129,22 @@ class Critic(nn.Module):
 class DPOK(FlowGRPO):
     """DPOK: a policy gradient over the sampler's steps with a learned baseline and a KL penalty (arXiv 2305.16381).
 
-    A = clip(R - sg(V(x_t, caption, t)), -adv_clip, adv_clip); V, a small network of its own, is trained by (V - R)^2 beside
+    A = clip(R - sg(V(x_t, caption, t)), -adv_clip, adv_clip); R is standardised over the round (trajectory.advantage=global), as the scores
+    of ImageReward are. V, a small network of its own with ten times the policy's learning rate, is trained by (V - R)^2 beside
     L = w_r mean loss(rho, A) + beta KL + mean (V - R)^2; `clip_mode=ppo`: max(-A rho, -A clip(rho)), `clamp`: -A clip(rho), as the
     authors' code: outside the band it has no gradient, whatever the sign of A. Their KL is trajectory.kl=error, their w_kl is beta.
     Rewards: as flow_grpo. Ranges: as flow_grpo, with its `clipped` and `kl_to_reference`; `baseline` is the mean of V, in units of R.
-    When: where the pictures of one prompt are too few for a group's mean. Limits: as flow_grpo; the replay buffer is the last round, whose
-    prompts come in random order.
+    When: where the pictures of one prompt are too few for a group's mean. Limits: as flow_grpo. The authors' script draws
+    transitions from its last thousand, some three rounds; here a round has its own alone, which source.epochs visits again.
     """
 
     beta: float = 0.01
     w_r: float = 100.0
     clip_mode: Literal["ppo", "clamp"] = "ppo"
-    v_rate: float = 10.0
 
     quantities: ClassVar = {"policy": ("step_logp", "divergence", "value"), "reference": ("step_logp",), "previous": ("step_logp",)}
     paper: ClassVar = "2305.16381"
-    require: ClassVar = (*FlowGRPO.require, "w_r > 0", "clip_mode in ('ppo', 'clamp')", "v_rate > 0")
+    require: ClassVar = (*FlowGRPO.require, "w_r > 0", "clip_mode in ('ppo', 'clamp')")
     formula: ClassVar = {
         "policy_gradient": "mean(w_r*(max(-A*exp(min(y-o, 20)), -A*C) if clip_mode == 'ppo' else -A*C) if clipped else -w_r*A*y"
         " for A in [max(min(R-sg(v), adv_clip), -adv_clip)] for C in [max(min(exp(min(y-o, 20)), 1+epsilon), 1-epsilon)])",
@@ -159,7 +159,7 @@ class DPOK(FlowGRPO):
     limits: ClassVar = (({"R": 0, "v": 0.0, "k": 0.0}, "0"),)
 
     def build(self, about: About) -> Any:
-        return Critic(about.hidden, self.v_rate)
+        return Critic(about.hidden)
 
     def advantage(self, batch: Batch) -> Tensor:
         return super().advantage(batch) - self._value(batch).detach()

@@ -336,14 +336,14 @@ def test_dpok_is_ddpo_without_critic_and_penalty(tmp_path):
 def test_the_critic_of_dpok_learns_at_a_rate_of_its_own(tmp_path):
     """With the policy's, which is far smaller, the baseline would be what it began as; both follow the schedule."""
     with fresh_accelerator() as accelerator:
-        engine, source = make(accelerator, tmp_path, DPOK(v_rate=50.0), lr=1e-4)
+        engine, source = make(accelerator, tmp_path, DPOK(), lr=1e-4)
         before = {name: p.detach().clone() for name, p in engine.policy.trainable().items()}
         engine.step(source.step(0), 1e-5)
         rates = {group["lr"] for group in engine.optimizer.param_groups}
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in engine.policy.trainable().items()}
     policy, critic = (max(far for name, far in moved.items() if name.startswith("owned.") == own) for own in (False, True))
-    assert rates == {1e-5, 50 * 1e-5}
-    assert policy == pytest.approx(1e-5, rel=0.01) and critic == pytest.approx(50e-5, rel=0.01)  # Adam's first step is its rate
+    assert rates == {1e-5, 10 * 1e-5}
+    assert policy == pytest.approx(1e-5, rel=0.01) and critic == pytest.approx(10e-5, rel=0.01)  # Adam's first step is its rate
 
 
 def test_trap_4_29_a_clamp_alone_has_no_gradient_outside_of_its_band():
