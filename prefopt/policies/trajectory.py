@@ -106,9 +106,9 @@ def make_sampling(cfg: TrajectoryConfig, process: Process, guidance: float, wind
 
 
 def window_of(cfg: TrajectoryConfig, process: Process, draw: Callable[[int], int]) -> range:
-    """The steps that a round trains: `cfg.window_size` of them at a place that `draw(n)` (a number below n) decides, the same for all of the
-    round's pictures, or without a size all. They lie in `cfg.window`; without one they begin in the first `cfg.early` of the steps, and a
-    last step without noise is none of them."""
+    """The steps that a round trains: `cfg.window_size` of them at a place that `draw(n)` (a number below n) decides, the same for all
+    pictures of the round, or without a size all. They lie in `cfg.window`; without one they begin in the first `cfg.early` of the steps,
+    and a last step without noise is none of them."""
     start, end = cfg.window or (0, min(math.ceil(cfg.early * cfg.steps) + (cfg.window_size or 1) - 1,
                                        cfg.steps - (process.kind != "flow" or cfg.kind == "cps")))
     if not 0 <= start < end <= cfg.steps:
