@@ -31,7 +31,8 @@ def check_rounds(cfg: Any, info: ObjectiveInfo) -> None:
         for key, usual in ROUNDS_ONLY.items():
             if (value := getattr(source, key)) != usual:
                 raise UserError(f"source.{key}={value} is for pairs made of rounds; leave it out, or use source=rounds")
-        if source.kind in ("rollout", "trajectories") and source.samples < 2:
+        compared = source.kind == "trajectories" and cfg.trajectory.candidates  # at each step with one another
+        if source.kind in ("rollout", "trajectories") and source.samples < 2 and not compared:
             raise UserError(f"source.samples={source.samples}: {ALONE}; set source.samples=8, say")
         return
     check_picture_rounds(cfg, info)

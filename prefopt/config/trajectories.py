@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from prefopt.config.objective_source import ObjectiveInfo
 from prefopt.config.schema import TrajectoryConfig
 from prefopt.errors import UserError
 
 KIND = "trajectories"
+OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)  # ${times:KEY,3} in conf/adapter
 
 
 def check_trajectories(cfg: Any, info: ObjectiveInfo) -> None:

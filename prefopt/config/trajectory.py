@@ -16,6 +16,7 @@ class TrajectoryConfig:
     blank_gradient: bool = False
     window: Optional[list[int]] = None  # first step, first step beyond
     window_size: Optional[int] = 3
+    early: float = 0.5  # without a window: share of the steps that one begins in
     outside: str = "sde"  # sde | ode
     reduction: str = "mean"  # mean | sum
     kl: str = "exact"  # exact | code | error
@@ -45,6 +46,7 @@ BOUNDS: tuple[tuple[str, str, str], ...] = (
     ("trajectory.guidance", "x is None or x >= 0", "0 or more, or null"),
     ("trajectory.window", "x is None or len(x) == 2", "two numbers or null: first step and first step beyond, from the noise on"),
     ("trajectory.window_size", "x is None or x >= 1", "at least 1, or null"),
+    ("trajectory.early", "0 < x <= 1", "in (0, 1]: a share of the steps, from the noise on"),
     ("trajectory.buffer", "x >= 1", "at least 1"),
     ("trajectory.min_count", "x >= 2", "at least 2"),
     ("trajectory.candidates", "x is None or x >= 2", "at least 2, or null"),

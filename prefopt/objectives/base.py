@@ -265,7 +265,7 @@ class Objective:
     def build(self, about: About) -> Any:
         """The `nn.Module` that this objective trains beside the policy, or None. `module(layout, hidden [N, d], layers [N, L, d] or None)`,
         the hidden states of the policy and those of all layers of the reference, gives quantities of the policy by name. Its attribute
-        `weight_decay`, if it has one, is its own."""
+        `weight_decay`, if it has one, is its own; with it, `rate` makes its learning rate so many times the policy's."""
         return None
 
     def __call__(self, batch: Batch) -> Terms:

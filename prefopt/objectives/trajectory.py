@@ -114,6 +114,7 @@ class Critic(nn.Module):
     """V(x_t, caption, t): a small perceptron on what `About` tells the width of, whose last layer starts at zero."""
 
     weight_decay = 0.0
+    rate = 10.0  # times the policy's: the authors' 1e-4 to 1e-5
 
     def __init__(self, width: int):
         super().__init__()
@@ -129,12 +130,13 @@ class Critic(nn.Module):
 class DPOK(FlowGRPO):
     """DPOK: a policy gradient over the sampler's steps with a learned baseline and a KL penalty (arXiv 2305.16381).
 
-    A = clip(R - sg(V(x_t, caption, t)), -adv_clip, adv_clip); V, a small network of its own, is trained by (V - R)^2 beside
+    A = clip(R - sg(V(x_t, caption, t)), -adv_clip, adv_clip); R is standardised over the round (trajectory.advantage=global), as the scores
+    of ImageReward are. V, a small network of its own with ten times the policy's learning rate, is trained by (V - R)^2 beside
     L = w_r mean loss(rho, A) + beta KL + mean (V - R)^2; `clip_mode=ppo`: max(-A rho, -A clip(rho)), `clamp`: -A clip(rho), as the
     authors' code: outside the band it has no gradient, whatever the sign of A. Their KL is trajectory.kl=error, their w_kl is beta.
     Rewards: as flow_grpo. Ranges: as flow_grpo, with its `clipped` and `kl_to_reference`; `baseline` is the mean of V, in units of R.
-    When: where the pictures of one prompt are too few for a group's mean. Limits: as flow_grpo; the replay buffer is the last round, whose
-    prompts come in random order.
+    When: where the pictures of one prompt are too few for a group's mean. Limits: as flow_grpo. The authors' script draws
+    transitions from its last thousand, some three rounds; here a round has its own alone, which source.epochs visits again.
     """
 
     beta: float = 0.01

@@ -7,6 +7,7 @@ the Gaussian log-density of the stored next latent, `step_logp`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,9 +118,11 @@ def make_sampling(cfg: TrajectoryConfig, process: Process, guidance: float, wind
 
 
 def window_of(cfg: TrajectoryConfig, process: Process, draw: Callable[[int], int]) -> range:
-    """The steps that a round trains: `cfg.window`, or without one all but a last step without noise; of these `cfg.window_size` at a place
-    that `draw(n)` (a number below n) decides, the same for all of the round's pictures."""
-    start, end = cfg.window or (0, cfg.steps - (process.kind != "flow" or cfg.kind == "cps"))
+    """The steps that a round trains: `cfg.window_size` of them at a place that `draw(n)` (a number below n) decides, the same for all
+    pictures of the round, or without a size all. They lie in `cfg.window`; without one they begin in the first `cfg.early` of the steps,
+    and a last step without noise is none of them."""
+    start, end = cfg.window or (0, min(math.ceil(cfg.early * cfg.steps) + (cfg.window_size or 1) - 1,
+                                       cfg.steps - (process.kind != "flow" or cfg.kind == "cps")))
     if not 0 <= start < end <= cfg.steps:
         raise UserError(f"trajectory.window=[{start},{end}] is not inside the schedule of {cfg.steps} steps (trajectory.steps); give "
                         f"[first, end] with 0 <= first < end <= {cfg.steps}")

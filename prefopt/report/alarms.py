@@ -43,6 +43,9 @@ SURE = 2.0
 # Pictures that lose a fifth of their variety look alike to the eye; fine detail doubles where noise or over-sharpening sets in.
 VARIETY_FALL = 0.20
 DETAIL_GROWTH = 2.0
+# Beyond the clip a ratio teaches nothing (or in one direction only): above one half most of what was sampled and judged is lost.
+CLIPPED_SHARE = 0.5
+CLIPPED_STEPS = 10  # the last ones that were logged, so that the first steps of rounds, whose ratios are 1, do not decide
 
 @dataclass(frozen=True)
 class Alarm:
@@ -78,6 +81,7 @@ def checked(rows: list[dict], pictures: bool = False) -> list[tuple[str, Alarm |
         ("likelihood displacement", lambda: _displacement(train, evals, pictures)),
         ("over-optimisation", lambda: _overoptimisation(evals)),
         ("reward hacking", lambda: _hacking(train, evals)),
+        ("clipped ratios", lambda: _clipped(train)),
         ("length growth", lambda: _length_growth(evals)),
         ("unfinished replies", lambda: _unfinished(evals)),
         ("skipped steps", lambda: _skipped(train)),
@@ -250,6 +254,25 @@ def _hacking(train: list[Row], evals: list[Row]) -> Alarm | None:
         "found what the reward likes beside what it stands for (reward hacking).\n"
         "Look at the grids of several evaluations, and take the checkpoint before the turn. Then raise beta, train fewer steps, or "
         "judge by several rewards.",
+    )
+
+
+def _clipped(train: list[Row]) -> Alarm | None:
+    """Of runs that learn from their own samples through ratios in a band."""
+    shares = [row["clipped"] for row in train if "clipped" in row and "rollout/reward" in row][-CLIPPED_STEPS:]
+    if len(shares) < CLIPPED_STEPS:
+        raise _Unchecked(f"needs {CLIPPED_STEPS} steps on rounds of its own samples, under an objective that clips ratios")
+    share = sum(shares) / len(shares)
+    if share <= CLIPPED_SHARE:
+        return None
+    return Alarm(
+        "clipped_ratios",
+        "Most ratios are clipped",
+        "clipped-ratios",
+        f"In the last {CLIPPED_STEPS} steps {100 * share:.0f} % of the ratios lay outside the objective's band, where they teach little or "
+        "nothing: the policy has moved too far from the one that its ratios compare it with.\n"
+        "Lower the learning rate, take fewer steps on each round (source.epochs, a larger train.batch_size), or widen the band "
+        "(algo.epsilon). Where the comparison is with a reference: train fewer rounds.",
     )
 
 

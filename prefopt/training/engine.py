@@ -53,14 +53,16 @@ def learning_rate(step: int, total: int, cfg: OptimConfig) -> float:
 
 
 def parameter_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What the optimiser is given: matrices decay and other weights do not; the objective's module may have a decay of its own for all."""
-    own = getattr(getattr(policy, "owned", None), "weight_decay", None)
+    """What the optimiser is given: matrices decay and other weights do not; the objective's module may have a decay of its own for all,
+    and a learning rate of `rate` times the policy's."""
+    owned = getattr(policy, "owned", None)
+    own, rate = getattr(owned, "weight_decay", None), getattr(owned, "rate", 1.0)
     matrices, others, apart = [], [], []
     for name, parameter in policy.trainable().items():
         group = matrices if len(whole_shape(parameter)) >= 2 else others
         (apart if own is not None and name.startswith(PREFIX) else group).append(parameter)
-    groups = zip((matrices, others, apart), (weight_decay, 0.0, own), strict=True)
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    groups = zip((matrices, others, apart), (weight_decay, 0.0, own), (1.0, 1.0, rate), strict=True)
+    return [{"params": parameters, "weight_decay": decay, "rate": times} for parameters, decay, times in groups if parameters]
 
 
 class Engine:
@@ -152,7 +154,7 @@ class Engine:
     def step(self, micros: Sequence[MicroBatch], lr: float) -> StepResult:
         """One update on this rank's micro-batches of a global step. All ranks must bring equally many."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         averages, effort = Averages(), count(micros, self.kind)  # counted before anything runs: nothing waits for the device
         backward = self._backward_coupled if self.objective.coupling == "global" else self._backward_local
         loss = backward(micros, averages)

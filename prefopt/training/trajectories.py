@@ -188,9 +188,10 @@ class TrajectorySource:
         self.batches = replace(self.batches, rows=self.rows)
         groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
         self.metrics = {
-            "rollout/reward": fmean(rewards), "rollout/spread": fmean(pstdev(g) for g in groups), "rollout/kept": kept,
-            "rollout/ties": fmean(max(g) == min(g) for g in groups), "samples": (number + 1) * len(drawn),
+            "rollout/reward": fmean(rewards), "rollout/kept": kept, "samples": (number + 1) * len(drawn),
         }
+        if size > 1:
+            self.metrics |= {"rollout/spread": fmean(pstdev(g) for g in groups), "rollout/ties": fmean(max(g) == min(g) for g in groups)}
 
     def _advantages(self, drawn: list[Drawn], rewards: list[float]) -> list[float]:
         kind = self.cfg.trajectory.advantage

@@ -149,6 +149,30 @@ def test_a_part_of_the_trained_reward_may_fall_for_the_others():
     assert "reward_hacking" not in names(rows)
 
 
+# ---- clipped ratios ---------------------------------------------------------------------------------------
+
+
+def clipped(*shares, **others):
+    rounds = {"rollout/reward": 0.5, **others}
+    return [{"step": i + 1, "split": "train", "clipped": share} | rounds for i, share in enumerate(shares)]
+
+
+def test_ratios_that_are_mostly_clipped_are_noticed_at_the_end():
+    late = (0.1,) * 30 + (0.0, 0.95) * 2 + (0.8,) * 6  # first steps of rounds among them
+    (alarm,) = alarms(clipped(*late))
+    assert alarm.name == "clipped_ratios" and "67 %" in alarm.explanation
+
+
+@pytest.mark.parametrize("rows", [
+    clipped(*(0.9,) * 30, *(0.5,) * limits.CLIPPED_STEPS),  # it got better
+    clipped(*(0.0, 0.9) * 10),  # every second step begins a round
+    clipped(*(0.9,) * (limits.CLIPPED_STEPS - 1)),  # too few to say
+    [{k: v for k, v in row.items() if k != "rollout/reward"} for row in clipped(*(0.9,) * 20)],  # given pairs, whose clip is another one
+])
+def test_ratios_within_their_band_are_fine(rows):
+    assert "clipped_ratios" not in names(rows)
+
+
 def test_texts_have_no_pictures_to_hack():
     assert "reward hacking" not in dict(limits.checked(two_evals(length=(20.0, 20.0))))
     assert "reward hacking" in dict(limits.checked(ROUND))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from statistics import fmean
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from prefopt.config.schema import OptimConfig, SamplerConfig, SourceConfig, TrainConfig, TrajectoryConfig
@@ -18,9 +20,10 @@ from prefopt.data.tokenise import Tokens
 from prefopt.errors import RunFailed, UserError
 from prefopt.objectives.trajectory import D3PO, DDPO, DPOK, FlowGRPO, GradSPO, SPODiffusion
 from prefopt.policies.guidance import Guidance
+from prefopt.policies.process import Process
 from prefopt.policies.reference import make_reference
 from prefopt.policies.samplers import log_prob
-from prefopt.policies.trajectory import STEP, draw_walks
+from prefopt.policies.trajectory import STEP, draw_walks, window_of
 from prefopt.training.engine import Engine
 from prefopt.training.replay import replay_check
 from prefopt.training.source import OfflineSource
@@ -45,7 +48,7 @@ def score(x, captions, left, examples):
 
 
 def make(accelerator, tmp_path, objective, kind="flow", reward=bright, trajectory=None, batch=2, lr=1e-2, budget=10**6, seed=0,
-         captions=CAPTIONS, guidance=1.0, policy=None):
+         captions=CAPTIONS, guidance=1.0, policy=None, samples=4):
     policy = policy or picture_policy(kind, seed=seed)
     policy.cfg = replace(policy.cfg, guidance=guidance)
     policy.encoders = lambda: SimpleNamespace(decode=list)
@@ -55,7 +58,7 @@ def make(accelerator, tmp_path, objective, kind="flow", reward=bright, trajector
     reference = make_reference(policy, "initial") if "reference" in objective.quantities else None
     engine = Engine(policy, objective, reference, OptimConfig(lr=lr, warmup=0.0), accelerator)
     own = {"advantage": ADVANTAGE.get(type(objective), "group"), **FEW, **(trajectory or {})}
-    source = SourceConfig("trajectories", prompts=4, samples=4)
+    source = SourceConfig("trajectories", prompts=4, samples=samples)
     cfg = TrainConfig(algo={}, trajectory=TrajectoryConfig(**own), source=source, sampler=SamplerConfig(batch_size=7),
                       data=data_config(pictures=True), run_dir=str(tmp_path))
     batches = OfflineSource([], objective.view, batch, budget, 0, True, seed, layout="draws", share=False)
@@ -93,6 +96,29 @@ def test_the_reward_rises(objective, kind, trajectory, tmp_path):
         learn(engine, source, 50, 2e-2)
         after, narrow = drawn_reward(engine.policy, source)
     assert after - before > wide + narrow
+
+
+def compressible(examples) -> list[float]:
+    """Minus the size of a picture of 16 pixels as a JPEG, kB: each of its numbers is a square of four."""
+    out = []
+    for e in examples:
+        pixels = ((e.completions[0].picture["image"][0].clamp(-1, 1) + 1) * 127.5).byte().numpy().repeat(4, 0).repeat(4, 1)
+        Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=90)
+        out.append(-file.tell() / 1000)
+    return out
+
+
+def test_ddpo_makes_pictures_compressible(tmp_path):
+    """DDPO's first task (arXiv 2305.13301): the mean size of a round's pictures falls from each ten rounds to the next."""
+    with fresh_accelerator() as accelerator:
+        engine, source = make(accelerator, tmp_path, DDPO(), reward=compressible, policy=picture_policy("flow", (1, 4, 4)), batch=4,
+                              trajectory={"advantage": "running", "steps": 6, "window": [0, 5]}, samples=16)
+        sizes = []
+        for number in range(50):
+            engine.step(source.step(number), 3e-2)
+            sizes.append(-source.metrics["rollout/reward"])
+    tens = [fmean(sizes[i : i + 10]) for i in range(0, 50, 10)]
+    assert tens == sorted(tens, reverse=True) and tens[-1] < 0.85 * tens[0]
 
 
 # ---- what is stored is what was drawn -------------------------------------------------------------------
@@ -203,6 +229,22 @@ def test_trap_4_30_the_network_is_told_the_schedules_times(tmp_path, monkeypatch
     assert ((drawn * 1000) % 1 > 0.01).any()
 
 
+@pytest.mark.parametrize(("kind", "words", "first", "last"), [
+    ("flow", {"steps": 10}, range(5), 7),  # Flow-GRPO's fast variant: three steps that begin in the first half
+    ("flow", {"steps": 10, "early": 1.0}, range(8), 10),
+    ("epsilon", {"steps": 10, "early": 1.0}, range(7), 9),  # DDIM's last step has no noise
+    ("epsilon", {"steps": 10, "window_size": None}, [0], 5),
+    ("epsilon", {"steps": 10, "window_size": None, "early": 1.0}, [0], 9),
+    ("flow", {"steps": 5, "window_size": 1, "early": 0.5}, range(3), 3),
+    ("flow", {"steps": 10, "window": [6, 10]}, [6, 7], 10),  # what is named is not cut short
+])
+def test_windows_begin_early(kind, words, first, last):
+    cfg, process = TrajectoryConfig(**words), Process(kind, None if kind == "flow" else torch.linspace(0.999, 0.01, 1000))
+    found = [window_of(cfg, process, lambda n, place=place: min(place, n - 1)) for place in range(12)]
+    assert {window[0] for window in found} == set(first) and max(window[-1] for window in found) + 1 == last
+    assert {len(window) for window in found} == {cfg.window_size or last - first[0]}
+
+
 def test_trap_4_17_a_round_has_one_window(tmp_path):
     """Drawn for all its pictures, inside what is allowed; other rounds have others, and with outside=ode only its steps have noise."""
     with fresh_accelerator() as accelerator:
@@ -290,6 +332,19 @@ def test_dpok_is_ddpo_without_critic_and_penalty(tmp_path):
     batch.scores["policy"]["value"] = torch.zeros_like(batch.scores["policy"]["value"])
     mine, theirs = dpok(batch).terms[0].values, DDPO(epsilon=0.1)(batch).terms[0].values
     assert torch.equal(mine, theirs) and mine.std() > 0
+
+
+def test_the_critic_of_dpok_learns_at_a_rate_of_its_own(tmp_path):
+    """With the policy's, which is far smaller, the baseline would be what it began as; both follow the schedule."""
+    with fresh_accelerator() as accelerator:
+        engine, source = make(accelerator, tmp_path, DPOK(), lr=1e-4)
+        before = {name: p.detach().clone() for name, p in engine.policy.trainable().items()}
+        engine.step(source.step(0), 1e-5)
+        rates = {group["lr"] for group in engine.optimizer.param_groups}
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in engine.policy.trainable().items()}
+    policy, critic = (max(far for name, far in moved.items() if name.startswith("owned.") == own) for own in (False, True))
+    assert rates == {1e-5, 10 * 1e-5}
+    assert policy == pytest.approx(1e-5, rel=0.01) and critic == pytest.approx(10e-5, rel=0.01)  # Adam's first step is its rate
 
 
 def test_trap_4_29_a_clamp_alone_has_no_gradient_outside_of_its_band():
