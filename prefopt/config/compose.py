@@ -220,6 +220,9 @@ def _check_pictures(cfg: Any, info: ObjectiveInfo) -> None:
         fix = "model=tiny-diffusion, or another diffusion model" if data.pictures else "data=tiny-pictures, or other data of pictures"
         raise UserError(f"data={data.name} holds {kinds[0]}, and model={model.name} makes {kinds[1]}; choose {fix}")
     if model.kind != "diffusion":
+        if model.recompute != "all":
+            raise UserError(f"model.recompute={model.recompute} keeps the convolutions of diffusion models, and model={model.name} has "
+                            "none; leave it out")
         if "llm" not in modalities(info):
             raise UserError(f"{info.name} is about the denoising errors of pictures, and model={model.name} makes none; choose "
                             "model=tiny-diffusion data=tiny-pictures, or an algorithm for texts (prefopt list algo --modality llm)")

@@ -42,6 +42,7 @@ class ModelConfig:
     attention: str = "auto"  # auto | varlen | flex | sdpa | eager | flash_attention_2
     dropout: float = 0.0
     gradient_checkpointing: bool = False
+    recompute: str = "all"  # all | cheap
     share_prompts: bool = True
     fused_head: bool = True
     compile: bool = False
@@ -53,6 +54,11 @@ class ModelConfig:
     channels_last: bool = False
     user_width: Optional[int] = None
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def recomputed(self) -> str:
+        """What the backward pass computes again: nothing (""), all or cheap."""
+        return self.recompute if self.gradient_checkpointing else ""
 
     @property
     def frozen(self) -> bool:
@@ -288,6 +294,7 @@ PICTURE_REWARDS = ("pickscore", "hpsv2", "imagereward", "clip", "aesthetic", "ha
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.kind": ("causal_lm", "diffusion", "tabular"),
     "model.quantize": ("4bit",),
+    "model.recompute": ("all", "cheap"),
     "model.attention": ("auto", "varlen", "flex", "sdpa", "eager", "flash_attention_2"),
     "data.source": ("tiny_feedback", "tiny_pictures", "bandit", "hub", "files", "picture_folders", "emoji"),
     "data.rows": ("helpsteer2", "hpdv2", "hpdv3", "hpdv3-soft", "imagereward", "nectar", "pickapic", "pickapic-soft", "pku-better",

@@ -22,17 +22,23 @@ ATTENTION = ("aten.bmm", "aten.baddbmm")  # products of activations with one ano
 
 @dataclass(frozen=True)
 class DrawShape:
-    """FLOPs of one forward pass over one latent: `matrices` with weights, `products` of attention, `adapter` with low-rank weights.
-    `parameters`: of the network, in numbers."""
+    """FLOPs of one forward pass over one latent: `matrices` with weights, `products` of attention, `adapter` with low-rank weights;
+    `convolutions` are a part of `matrices`. `parameters`: of the network, in numbers."""
 
     matrices: float
     products: float
     parameters: int
     adapter: float = 0.0
+    convolutions: float = 0.0
 
     def forward(self, draws: float, adapted: bool = True) -> float:
         """FLOPs of one forward pass over so many latents, with the adapter or without."""
         return draws * (self.matrices + self.products + adapted * self.adapter)
+
+    def again(self, draws: float, recompute: str) -> float:
+        """FLOPs of what the backward pass computes again (`policies/recompute.py`): all, or cheap: no convolution and no attention."""
+        kept = self.convolutions + self.products if recompute == "cheap" else 0.0
+        return self.forward(draws) - draws * kept if recompute else 0.0
 
     def step(self, draws: float, frozen: bool = False) -> float:
         """FLOPs of a forward and a backward pass: three times a forward pass, of `frozen` weights (LoRA) twice; attention and the adapter
@@ -78,7 +84,8 @@ def counted(denoiser: Denoiser, resolution: int) -> tuple[DrawShape, dict[str, f
     by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for operator, flops in by_operator.items() if operator in ATTENTION)
     total, parameters = counter.get_total_flops(), sum(p.numel() for p in denoiser.network.parameters())
-    return DrawShape(float(total - products), float(products), parameters), places
+    convolutions = float(by_operator.get("aten.convolution", 0))
+    return DrawShape(float(total - products), float(products), parameters, convolutions=convolutions), places
 
 
 def meta_denoiser(folder: PipelineFolder, resolution: int, like: nn.Module | None = None) -> Denoiser:

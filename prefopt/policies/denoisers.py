@@ -22,6 +22,7 @@ from prefopt.errors import UserError
 from prefopt.policies.compiled import compile_blocks
 from prefopt.policies.pipeline_folder import PipelineFolder, open_folder
 from prefopt.policies.process import Process
+from prefopt.policies.recompute import checkpoint_blocks
 
 PREDICTS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 MOST_TOKENS = 4096  # 1024 pixels at 16 pixels a token
@@ -311,7 +312,8 @@ FAMILIES: dict[str, type[Denoiser]] = {
 
 def open_denoiser(folder: str | Path | PipelineFolder, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                   lora: LoraConfig | None = None, seed: int = 0, gradient_checkpointing: bool = False, channels_last: bool = False,
-                  compile: bool = False, resolution: int | None = None, dropout: float = 0.0, user_width: int | None = None) -> Denoiser:
+                  compile: bool = False, resolution: int | None = None, dropout: float = 0.0, user_width: int | None = None,
+                  recompute: str = "all") -> Denoiser:
     """The network of a pipeline folder, in training mode, and nothing else of it. With `lora` (enabled) the weights are frozen in `dtype`,
     and an adapter in fp32 is put on them: that of `lora.adapter`, or a fresh one, drawn from `seed`, with which nothing changes yet. So
     they are with a `user_width`, and the adapter is an attention to users.
@@ -328,7 +330,7 @@ def open_denoiser(folder: str | Path | PipelineFolder, dtype: torch.dtype = torc
         if isinstance(module, nn.Dropout):
             module.p = dropout
     if gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        checkpoint_blocks(network, recompute)
     if lora is not None and lora.enabled:
         from prefopt.policies.lora_export import add_lora
 

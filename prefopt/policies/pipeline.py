@@ -29,7 +29,7 @@ def load_diffusion(cfg: ModelConfig, device: torch.device, precision: str, seed:
     print(f"model: {located.where}", file=sys.stderr)
     frozen = torch.bfloat16 if precision == "bf16" and cfg.frozen else torch.float32
     denoiser = open_denoiser(folder, frozen, device, cfg.lora if cfg.lora.enabled else None, seed, cfg.gradient_checkpointing,
-                             cfg.channels_last, cfg.compile, cfg.resolution, cfg.dropout, cfg.user_width)
+                             cfg.channels_last, cfg.compile, cfg.resolution, cfg.dropout, cfg.user_width, cfg.recompute)
     if cfg.start:
         denoiser.restore(cfg.start)
     if cfg.latent != [denoiser.latent_channels, denoiser.factor]:

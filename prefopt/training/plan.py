@@ -231,7 +231,7 @@ def _laid_out(cfg: TrainConfig, ground: Ground, device: torch.device) -> tuple[S
     attention = kernel if layout == "packed" else packed.plain_attention(text, model.attention)
     kind = StepKind(
         shape=ground.shape, layout=layout, shared=shared, frozen=model.lora.enabled, scores=not ground.reward, fused=fused,
-        recompute=model.gradient_checkpointing, attention=attention, twice=objective.coupling == "global",
+        recompute=model.recomputed, attention=attention, twice=objective.coupling == "global",
         reference="reference" in objective.quantities, compared=head_products(objective, model.lora.enabled, _teachers(cfg, objective)),
         teachers=(ground.shape,) * (_teachers(cfg, objective) + objective.followed), extra_scorers=objective.extra_scorers,
     )

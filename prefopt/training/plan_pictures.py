@@ -35,6 +35,7 @@ from prefopt.policies.lora_export import add_lora
 from prefopt.policies.noise import Draws, address
 from prefopt.policies.pipeline import locate_pipeline
 from prefopt.policies.pipeline_folder import NEEDED, PipelineFolder
+from prefopt.policies.recompute import checkpoint_blocks
 from prefopt.policies.user_branch import add_user_branch
 from prefopt.training import memory, plan
 from prefopt.training.memory import DryRun, Live, Memory
@@ -267,7 +268,7 @@ def build(folder: PipelineFolder, model: ModelConfig, precision: str) -> Any:
     if precision == "bf16" and model.frozen:
         denoiser.network.to(torch.bfloat16)
     if model.gradient_checkpointing:
-        denoiser.network.enable_gradient_checkpointing()
+        checkpoint_blocks(denoiser.network, model.recompute)
     if model.lora.enabled:
         with torch.device("meta"):
             add_lora(denoiser, replace(model.lora, adapter=None), 0)

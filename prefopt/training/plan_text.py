@@ -93,7 +93,7 @@ def memory_lines(needs: Memory, cfg: TrainConfig, working: str = "chunk of logit
         (f"gradients{split(cfg, 2)}, with the buckets they are sent in" if cfg.hardware.world > 1 else "gradients", needs.gradients),
         *([("weights gathered at a time", needs.gathered)] if stage == 3 else []),
         ("reference", needs.reference),
-        (f"activations of a micro-batch{' (layers recomputed)' if cfg.model.gradient_checkpointing else ''}", needs.activations),
+        (f"activations of a micro-batch{' (layers recomputed)' if cfg.model.recomputed else ''}", needs.activations),
         (working, needs.working), ("allocator's slack", needs.slack),
         ("libraries and data", needs.runtime),
     ]

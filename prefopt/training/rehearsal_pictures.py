@@ -14,6 +14,7 @@ from prefopt.policies.denoiser_flops import caption_shapes
 from prefopt.policies.denoisers import FAMILIES, Denoiser
 from prefopt.policies.lora_export import add_lora
 from prefopt.policies.pipeline_folder import PipelineFolder
+from prefopt.policies.recompute import checkpoint_blocks
 from prefopt.policies.user_branch import add_user_branch
 from prefopt.training.engine import parameter_groups
 from prefopt.training.parallel import Replicated
@@ -111,7 +112,7 @@ def _denoiser(cfg: TrainConfig) -> Denoiser:
     network = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")}).train()
     denoiser = FAMILIES[folder.pipeline](folder, network, SIDE * folder.latent[1])
     if model.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        checkpoint_blocks(network, model.recompute)
     if model.frozen and cfg.hardware.precision == "bf16":
         network.to(torch.bfloat16)
     if model.lora.enabled:

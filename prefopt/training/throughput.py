@@ -62,8 +62,8 @@ class StepKind:
     frozen:     most weights get no gradient (LoRA); `adapter` is the number of those that do.
     scores:     log-probs are asked for, so trained positions go through the head.
     fused:      logits are made in chunks, and again in the backward pass.
-    recompute:  layers are run again in the backward pass (gradient checkpointing). All of a layer is counted; torch leaves out its last
-                product where nothing else needs it, some 2 to 7 % of the step.
+    recompute:  what of layers is run again in the backward pass (gradient checkpointing): nothing (""), all or cheap. All of a layer is
+                counted; torch leaves out its last product where nothing else needs it, some 2 to 7 % of the step.
     attention:  transformers' name of the kernel: `eager` computes what is masked, `sdpa` where there is padding, others never.
     twice:      the objective scores its whole batch before it differentiates.
     reference:  the objective reads a reference.
@@ -80,7 +80,7 @@ class StepKind:
     adapter: int = 0
     scores: bool = True
     fused: bool = False
-    recompute: bool = False
+    recompute: str = ""
     attention: str = "sdpa"
     twice: bool = False
     reference: bool = False
@@ -106,7 +106,7 @@ def kind_of(policy: nn.Module, objective: Objective, teachers: Sequence[nn.Modul
     adapter = sum(whole_shape(p).numel() for p in policy.trainable().values()) if lora else 0
     return StepKind(
         shape, layout, shared, lora, adapter, policy.quantity != "reward",
-        getattr(policy, "fuse", False), cfg.gradient_checkpointing,
+        getattr(policy, "fuse", False), cfg.recomputed,
         policy.inner.config.get_text_config()._attn_implementation, twice, "reference" in objective.quantities,
         head_products(objective, lora, len(teachers)), beside, objective.extra_scorers,
     )
@@ -127,7 +127,7 @@ def picture_kind(cfg: ModelConfig, objective: Objective, shape: DrawShape | None
                  guided: int = 0) -> StepKind:
     """How pictures are trained on with a model of this `shape`."""
     return StepKind(
-        shape, "draws", frozen=cfg.frozen, recompute=cfg.gradient_checkpointing, twice=objective.coupling == "global",
+        shape, "draws", frozen=cfg.frozen, recompute=cfg.recomputed, twice=objective.coupling == "global",
         reference="reference" in objective.quantities, teachers=teachers, extra_scorers=objective.extra_scorers, guided=guided,
     )
 
@@ -186,10 +186,9 @@ def _effort_of_pictures(micro: MicroBatch, how: StepKind) -> Effort:
     if how.shape is None:
         return Effort(rows, draws if rows else 0.0, draws)
     executed = how.shape.step(taught if how.twice else draws, how.frozen) + how.twice * how.shape.forward(draws)
-    if how.recompute:
-        executed += how.shape.forward(taught if how.twice else draws)
+    executed += how.shape.again(taught if how.twice else draws, how.recompute)
     blank = (0.0, how.shape.forward(draws), how.shape.step(draws, how.frozen))[how.guided]
-    executed += blank + (how.recompute and how.guided == 2) * how.shape.forward(draws)
+    executed += blank + (how.guided == 2) * how.shape.again(draws, how.recompute)
     if how.reference and "reference" not in micro.stored:
         asked = float(everything.part("reference", how.extra_scorers).trained.sum())
         executed += (1 + (how.guided > 0)) * how.shape.forward(asked, adapted=False)

@@ -114,7 +114,9 @@ RECOMPUTED = 0.10  # and torch runs a block again only as far as its last produc
 BELOW = 0.30  # nothing is differentiated below the first adapter, which of two blocks is a good part
 SETTINGS = {
     "live reference": ("sd15", [], INPUTS), "flow": ("sd3", [], INPUTS), "stored": ("sd15", ["noise=pool"], INPUTS),
-    "checkpointing": ("sd15", ["model.gradient_checkpointing=true"], RECOMPUTED), "lora": ("sd15", ["adapter=lora"], BELOW),
+    "checkpointing": ("sd15", ["model.gradient_checkpointing=true"], RECOMPUTED),
+    "cheap checkpointing": ("sd15", ["model.gradient_checkpointing=true", "model.recompute=cheap"], RECOMPUTED),
+    "lora": ("sd15", ["adapter=lora"], BELOW),
     "two draws": ("sd15", ["noise.draws=2"], INPUTS),
 }
 
@@ -177,7 +179,7 @@ def test_pictures_have_a_rate_and_no_padding():
 # ---- memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", ["", "all", "cheap"])
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_fake_tensors_take_what_real_ones_take(tmp_path, name, recompute):
     """And two small micro-batches tell of a larger one."""
@@ -187,11 +189,11 @@ def test_fake_tensors_take_what_real_ones_take(tmp_path, name, recompute):
     from prefopt.training.plan_pictures import dry_run
 
     folder, draws = tiny_pipelines.save(name, tmp_path), 5
-    model = ModelConfig(name="x", resolution=16, gradient_checkpointing=recompute)
+    model = ModelConfig(name="x", resolution=16, gradient_checkpointing=bool(recompute), recompute=recompute or "all")
     cfg = SimpleNamespace(model=model, hardware=SimpleNamespace(precision="fp32"))
     planned, unknown = dry_run(open_folder(folder), cfg, draws)
     assert not unknown
-    denoiser = open_denoiser(folder, gradient_checkpointing=recompute, resolution=16)
+    denoiser = open_denoiser(folder, gradient_checkpointing=bool(recompute), resolution=16, recompute=recompute or "all")
     for parameter in denoiser.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     x, t = torch.zeros(draws, 4, 8, 8), torch.zeros(draws) if name == "sd3" else torch.zeros(draws, dtype=torch.long)
