@@ -58,7 +58,7 @@ def words(job: dict[str, Any]) -> list[str]:
         "reward=brisque",  # replaced by that of both sides
         "data=pictures", f"data.path={job['rows']}", "data.eval_fraction=0", f"seed={SEED}",
         f"source.prompts={job['prompts']}", f"source.samples={job['samples']}", f"sampler.batch_size={job['drawn_at_once']}",
-        f"trajectory.steps={job['sampling_steps']}", "trajectory.noise=1.0", "trajectory.window_size=null",
+        f"trajectory.steps={job['sampling_steps']}", "trajectory.noise=1.0", "trajectory.window_size=null", "trajectory.early=1",
         f"hardware={'1xgpu' if job['cuda'] else 'cpu'}", f"hardware.threads={job['threads']}", f"hardware.precision={job['precision']}",
         f"train.batch_size={job['step_prompts']}", f"train.micro_batch_tokens={job['micro']}",
         f"train.steps={job['rounds'] * job['prompts'] // job['step_prompts']}",

@@ -260,8 +260,10 @@ def _hacking(train: list[Row], evals: list[Row]) -> Alarm | None:
 def _clipped(train: list[Row]) -> Alarm | None:
     """Of runs that learn from their own samples through ratios in a band."""
     shares = [row["clipped"] for row in train if "clipped" in row and "rollout/reward" in row][-CLIPPED_STEPS:]
+    if train and not shares:
+        return None
     if len(shares) < CLIPPED_STEPS:
-        raise _Unchecked(f"needs {CLIPPED_STEPS} steps on rounds of its own samples, under an objective that clips ratios")
+        raise _Unchecked(f"needs {CLIPPED_STEPS} steps")
     share = sum(shares) / len(shares)
     if share <= CLIPPED_SHARE:
         return None

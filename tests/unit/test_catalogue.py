@@ -397,7 +397,7 @@ def test_list_filters():
                if all(set(q) <= {"logp", "reward", "token_logp"} for q in info.quantities.values()) and not info.extra)
     texts = set(_slugs(listing.list_command(["--modality=llm"])))
     assert texts | any_model == set(infos) and {"dpo", "reward_bt"} <= texts and not {"diffusion_dpo", "abc_diffusion", "dspo"} & texts
-    assert listing.list_command(["algo", "--view", "demonstrations", "--needs", "reference"]) == "no method fits"
+    assert listing.list_command(["algo", "--view", "demonstrations", "--needs", "teacher"]) == "no method fits"
 
 
 @pytest.mark.parametrize(

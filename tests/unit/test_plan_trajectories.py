@@ -21,8 +21,8 @@ from tests.toy_runs import FAST, train
 
 SMALL = ["model.resolution=16", "model.latent=[4,2]", "model.gradient_checkpointing=false", "data=tiny-pictures", "data.limit=8",
          "data.eval_limit=2", "source.prompts=4", "source.samples=3", "train.batch_size=2", "train.steps=2", "train.micro_batch_tokens=5",
-         "trajectory.steps=4", "trajectory.window_size=null", "evaluation.prompts=0", "evaluation.kl=false", "train.self_check=false",
-         "sampler.batch_size=5", "hardware.peak_tflops=0.1"]
+         "trajectory.steps=4", "trajectory.window_size=null", "trajectory.early=1", "evaluation.prompts=0", "evaluation.kl=false",
+         "train.self_check=false", "sampler.batch_size=5", "hardware.peak_tflops=0.1"]
 # family, words, transitions of a step; forward passes for each picture of a round
 SETTINGS = {
     "groups": ("sd3", ["algo=flow_grpo", "model.guidance=2.5"], 2 * 3 * 4, 2 * 4),
