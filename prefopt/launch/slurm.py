@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,13 +64,12 @@ def submit(cfg: TrainConfig, words: Sequence[str]) -> str:
     """Writes RUN/job.sh and hands it to sbatch; returns the job's number. Raises `UserError` where SLURM is missing or refuses."""
     folder = Path(cfg.run_dir).absolute()
     script = job_script(cfg, words, Path.cwd())
+    if shutil.which("sbatch") is None:  # before anything is written
+        raise UserError("hardware.launcher=slurm needs sbatch, which is not on this machine's PATH; run the command on a login node of the "
+                        "cluster, or use hardware.launcher=local")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_atomic(folder / SCRIPT, script)
-    try:
-        done = subprocess.run(["sbatch", "--parsable", str(folder / SCRIPT)], capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise UserError("hardware.launcher=slurm needs sbatch, which is not on this machine's PATH; run the command on a login node of the "
-                        "cluster, or use hardware.launcher=local") from error
+    done = subprocess.run(["sbatch", "--parsable", str(folder / SCRIPT)], capture_output=True, text=True, check=False)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise UserError(f"sbatch refused {folder / SCRIPT}: {said}. It can be mended in hardware.slurm.partition, account, time and "

@@ -110,6 +110,7 @@ def nothing_runs(monkeypatch):
 @given(line=words())
 @example(line=["train", "seed=" + "9" * 5000])
 @example(line=["compare", "x" * 300])
+@example(line=["train", "hardware=16x8xh100_zero3_slurm"])
 @example(line=["train", "data=jsonl", "data.path=" + "x" * 300])
 def test_command_lines(line, tmp_path, nothing_runs, capsys):
     home = tmp_path / "here"
