@@ -1,7 +1,7 @@
 """Kills training runs with SIGKILL, lets them resume, and compares what they come to with a run that nobody killed.
 
     make torture                                                   30 kills of one process, 30 of two
-    .venv/bin/python scripts/torture.py --kills 8 --processes 1 --seed 3 --folder /tmp/torture
+    .venv/bin/python scripts/torture.py --kills 8 --processes 1 --seed 3 --folder runs/again
 
 Half of the kills come at a random time, to all processes at once. The others come from inside one of them, just before it opens for
 writing, renames or removes a file of the run or of its store; for half of these the file that is being written is cut short first, as a
