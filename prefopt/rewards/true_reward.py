@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,24 @@ from prefopt.config.rounds import HELD_OUT, held_out_reward
 from prefopt.config.schema import PICTURE_REWARDS, DataConfig, EvaluationConfig, ModelConfig, RewardConfig, TrustConfig
 from prefopt.data import bandit, tiny_feedback
 from prefopt.data.records import Example
+from prefopt.errors import UserError
 from prefopt.rewards import pictures
 
 # One reward for each example's first completion, given its prompt.
 RewardFunction = Callable[[Sequence[Example]], list[float]]
+
+
+
+def judged(reward: RewardFunction, made: Sequence[Example]) -> list[float]:
+    """The reward of each sample, by which rows are made. Raises `UserError` where that is not one finite number for each."""
+    found = list(reward(made))
+    if len(found) != len(made):
+        raise UserError(f"the reward gave {len(found)} numbers for {len(made)} samples; it must give one for each, in their order")
+    for example, value in zip(made, found, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"the reward of a sample for the prompt of {example.origin} is {value}; a reward must be a finite number")
+    return [float(value) for value in found]
+
 
 WORLDS = {"tiny_feedback": tiny_feedback.true_reward, "bandit": bandit.true_reward}
 

@@ -19,7 +19,6 @@ from prefopt.config.schema import SamplerConfig
 from prefopt.data.batch import MicroBatch, Row
 from prefopt.data.records import Completion, Example, Message
 from prefopt.data.tokenise import Branch, Tokens
-from prefopt.errors import UserError
 from prefopt.objectives.base import Batch, Objective, unit_weight
 from prefopt.policies.reference import Provider, Reloaded
 from prefopt.report import picture_measures
@@ -405,17 +404,6 @@ def answer(prompt: Example, text: str, image: Any = None) -> Example:
     part = {"type": "text", "text": text} if image is None else {"type": "image", "image": image}
     reply = Completion([Message("assistant", [part], train=True)])
     return replace(prompt, completions=[reply], kind="demonstration", label=1.0, margin=0.0)
-
-
-def judged(reward: RewardFunction, pictures: list[Any]) -> list[float]:
-    """The reward of each picture. Raises `UserError` where that is not one finite number for each."""
-    found = list(reward(pictures))
-    if len(found) != len(pictures):
-        raise UserError(f"the reward gave {len(found)} numbers for {len(pictures)} pictures; it must give one for each, in their order")
-    for example, value in zip(pictures, found, strict=True):
-        if not math.isfinite(value):
-            raise UserError(f"the reward of a picture for the prompt of {example.origin} is {value}; a reward must be a finite number")
-    return [float(value) for value in found]
 
 
 def preferred(row: Row) -> list[tuple[int, int]]:

@@ -17,11 +17,10 @@ from accelerate.utils import gather_object
 from prefopt.config.schema import SamplerConfig, SourceConfig
 from prefopt.data.batch import MicroBatch, Row, derangement, step_rows
 from prefopt.data.dataset import Dataset
-from prefopt.data.records import Example
 from prefopt.data.rejection import rejection_sample
 from prefopt.data.tokenise import Branch, Tokens
 from prefopt.errors import UserError
-from prefopt.rewards.true_reward import RewardFunction
+from prefopt.rewards.true_reward import RewardFunction, judged
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training.engine import Engine
 from prefopt.training.judge import answer
@@ -217,17 +216,6 @@ class OnlineSource:
             raise UserError(f"{self._path(number)} is missing, and the run stopped in the middle of that round; put it back, or start "
                             "anew with resume=never in another folder")
         return [self.kind(**row) for row in read_jsonl(self._path(number))]
-
-
-def judged(reward: RewardFunction, written: list[Example]) -> list[float]:
-    """The reward of each completion, by which rows are made. Raises `UserError` where that is no finite number for each."""
-    found = reward(written)
-    if len(found) != len(written):
-        raise UserError(f"the reward gave {len(found)} numbers for {len(written)} samples; it must give one for each, in their order")
-    for example, value in zip(written, found, strict=True):
-        if not math.isfinite(value):
-            raise UserError(f"the reward of a sample for the prompt of {example.origin} is {value}; a reward must be a finite number")
-    return [float(value) for value in found]
 
 
 def round_rows(cfg: SourceConfig, view: str, pairs: str) -> int:

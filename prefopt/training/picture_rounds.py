@@ -25,10 +25,11 @@ from prefopt.errors import UserError
 from prefopt.policies.noise import address
 from prefopt.policies.reference import Provider
 from prefopt.policies.sites import Way
+from prefopt.rewards.true_reward import judged
 from prefopt.training.checkpoint import naming
 from prefopt.training.engine import quantities
 from prefopt.training.judge import answer
-from prefopt.training.online import OnlineSource, Sample, judged
+from prefopt.training.online import OnlineSource, Sample
 
 DRAWS = 10  # of time and noise that a policy judges a picture at (SAIL, arXiv 2602.05380); a prompt's pictures share them
 

@@ -16,9 +16,9 @@ from prefopt.errors import UserError
 from prefopt.policies.diffusion import DiffusionPolicy
 from prefopt.policies.guidance import Guidance
 from prefopt.rewards.step_aware import StepAwareScorer
-from prefopt.rewards.true_reward import RewardFunction
+from prefopt.rewards.true_reward import RewardFunction, judged
 from prefopt.training.branches import StepScorer
-from prefopt.training.judge import answer, judged
+from prefopt.training.judge import answer
 
 
 class Foreseen:

@@ -23,13 +23,13 @@ from prefopt.data.tokenise import Tokens
 from prefopt.errors import UserError
 from prefopt.policies.noise import address, share
 from prefopt.policies.trajectory import Sampling, Walk, draw_walks, make_sampling, transition_branch, window_of
-from prefopt.rewards.true_reward import RewardFunction
+from prefopt.rewards.true_reward import RewardFunction, judged
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.advantages import Running, group_advantages
 from prefopt.training.branches import Branches
 from prefopt.training.engine import Engine
-from prefopt.training.judge import answer, judged
+from prefopt.training.judge import answer
 from prefopt.training.rundir import write_atomic
 from prefopt.training.source import OfflineSource
 

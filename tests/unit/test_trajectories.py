@@ -445,8 +445,8 @@ def test_the_log_prob_of_a_transition_is_the_gaussians_density(tmp_path):
 
 
 @pytest.mark.parametrize(("reward", "says"), [
-    (lambda e: [math.nan] * len(e), "the reward of a picture for the prompt of row . is nan; a reward must be a finite number"),
-    (lambda e: [1.0], "the reward gave 1 numbers for 7 pictures; it must give one for each"),
+    (lambda e: [math.nan] * len(e), "the reward of a sample for the prompt of row . is nan; a reward must be a finite number"),
+    (lambda e: [1.0], "the reward gave 1 numbers for 7 samples; it must give one for each"),
     (lambda e: [2.0] * len(e), "the reward of all 16 pictures of the first round is 2: a constant reward says nothing"),
 ])
 def test_a_reward_that_is_none_is_refused(reward, says, tmp_path):
