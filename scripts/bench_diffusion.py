@@ -166,7 +166,8 @@ def run_cell(bench: Bench, cell: Cell, repeats: int) -> dict[str, Any]:
     sides = {side: {key: summary([m[key] for m in made]) for key in ("pairs_per_second", "ready_seconds", "peak_bytes")}
              for side, made in raw.items()}
     (own, other) = (sides[side] for side in SIDES)
-    return {**asdict(cell), "sides": sides, "reference": raw["prefopt"][0]["reference"], "largest_difference": max(gaps), "raw": raw,
+    return {**asdict(cell), "repeats": repeats, "sides": sides,
+            "reference": raw["prefopt"][0]["reference"], "largest_difference": max(gaps), "raw": raw,
             "faster": own["pairs_per_second"]["median"] / other["pairs_per_second"]["median"],
             "share": own["peak_bytes"]["median"] / other["peak_bytes"]["median"]}
 

@@ -223,8 +223,9 @@ def pictures_block(docs: Path, where: str) -> str:
         found = [("faster", "times as fast", cell["speedup"], True), ("share", "of its peak memory", cell["memory"], False)]
         targets += [[f"{cell['name']}: {what}", f"{'at least' if more else 'at most'} {bound:g}", f"{cell[key]:.2f}",
                      "met" if (cell[key] >= bound if more else cell[key] <= bound) else "not met"] for key, what, bound, more in found]
+        repeats = cell.get("repeats", result["repeats"])
         out.append(f"**{cell['name']}**: {cell['what']}, {cell['batch']} pairs a step, {cell['micro']} at once"
-                   f"{', gradient checkpointing' * cell['checkpointing']}, {result['repeats']} run{'s' * (result['repeats'] > 1)} of "
+                   f"{', gradient checkpointing' * cell['checkpointing']}, {repeats} run{'s' * (repeats > 1)} of "
                    f"{cell['steps']} steps; largest relative difference of loss and log-probs {cell['largest_difference']:.0e}")
         rows = [[{"prefopt": f"prefopt (reference: {cell['reference'].split(' (')[0]})", "baseline": "plain loop"}[side],
                  spread(row["pairs_per_second"], decimals=3), spread(row["peak_bytes"], 1e9), spread(row["ready_seconds"], decimals=1)]
