@@ -75,7 +75,7 @@ def plot(out: dict[str, Any]) -> str:
         at = left + scale * case["ideal"]
         rows.append(f'<path d="M{at:.1f} {y - 3}v24" stroke="#000" stroke-width="2"/>')
     for i, (colour, part) in enumerate(zip(COLOURS, out["parts"], strict=True)):
-        rows.append(f'<text x="{left + 86 * i}" y="{height - 6}" fill="{colour}">{part}</text>')
+        rows.append(f'<text x="{8 + 108 * i}" y="{height - 6}" fill="{colour}">{part}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width} {height}" width="{left + width}" height="{height}" '
             f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(rows) + "\n</svg>\n")
 
