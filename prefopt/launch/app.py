@@ -17,13 +17,14 @@ from typing import Any, NoReturn
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prefopt.config.catalogue import GROUPS
+from prefopt.config.catalogue import GROUPS, groups
 from prefopt.config.completion import OPTIONS
 from prefopt.config.compose import rephrase, typed
 from prefopt.config.schema import TrainConfig, config_of
@@ -115,6 +116,10 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
         if word := next((o for o in args.overrides if re.match(r"sweep=(?!null$|\[\]$)", o)), None):
             raise UserError(f"{word} names the jobs of a sweep: prefopt train -m {word}")
     for word in args.overrides:
+        if re.match(r"[+~]*=", word):
+            raise UserError(f"'{word}' names no key; write key=value, such as seed=1")
+        if (match := re.match(r"(\w+)=[\[{]", word)) and match[1] in GROUPS and not _names(word):
+            raise UserError(f"{word}: a group is chosen by name, such as {match[1]}={groups()[match[1]][0]} (prefopt list {match[1]})")
         if word.startswith("~") and (key := word[1:].partition("=")[0]) not in GROUPS and not key.startswith("hydra"):
             raise UserError(f"{word}: a key cannot be taken away, it would silently fall back to a default; set it: {key}=...")
         several = {"transforms", "experiment", "sweep", "debug"}
@@ -122,6 +127,15 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
             both = "; for both trackers: tracker=wandb tracker.tensorboard=true" if match[1] == "tracker" else ""
             raise UserError(f"{word}: Hydra would merge these into one, and the last would win; choose one: {match[1]}={match[2]}{both}")
     return args
+
+
+def _names(word: str) -> bool:
+    """Whether an override is a list of names, or nothing that Hydra can read, which it says itself."""
+    try:
+        value = OverridesParser.create().parse_override(word).value()
+    except HydraException:
+        return True
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _quoted(word: str) -> str:

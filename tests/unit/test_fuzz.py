@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -33,20 +35,36 @@ def cases(few: int):
                     phases=[Phase.explicit, Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
 
 
+tried = 0
+
+
 @contextmanager
-def no_hang(seconds: int = 60):
-    """Raises in what does not end; a case takes a fraction of a second."""
+def watched(case: object, capsys: pytest.CaptureFixture[str], seconds: int = 60):
+    """Raises in what does not end: a case takes a fraction of a second. In a long run, says how far it is, and what failed when it fails."""
+    global tried
+    tried += 1
 
     def late(number, frame):
         raise AssertionError(f"it has not ended after {seconds} s")
 
+    def say(what: str) -> None:
+        if LONG:
+            with capsys.disabled():
+                print(f"[{time.process_time():.0f} CPU s] {what}", flush=True)
+
+    begun = time.process_time()
     old = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
         yield
+    except BaseException as error:
+        say(f"case {tried} fails, {case!r}: {error!r}"[:2000])
+        raise
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
+    if tried % 500 == 0 or time.process_time() - begun > 10:
+        say(f"{tried} cases; the last took {time.process_time() - begun:.1f} CPU s: {case!r}"[:2000])
 
 
 # ---- command lines ----------------------------------------------------------------------------------
@@ -109,23 +127,28 @@ def nothing_runs(monkeypatch):
 @cases(120)
 @given(line=words())
 @example(line=["train", "seed=" + "9" * 5000])
+@example(line=["data", "check", "+=0"])
+@example(line=["eval", "sampler=[[1,2],[3]]"])
 @example(line=["compare", "x" * 300])
 @example(line=["train", "hardware=16x8xh100_zero3_slurm"])
 @example(line=["train", "data=jsonl", "data.path=" + "x" * 300])
 def test_command_lines(line, tmp_path, nothing_runs, capsys):
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:  # hydra.verbose would slow every case after it
+        if isinstance(logger, logging.Logger):
+            logger.setLevel(logging.WARNING if logger is logging.root else logging.NOTSET)
     home = tmp_path / "here"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
     os.chdir(home)
     capsys.readouterr()
-    with no_hang():
+    with watched(line, capsys):
         code = main(list(line))
-    said = capsys.readouterr()
-    assert code in (0, 1, 2), line
-    assert "Traceback" not in said.err + said.out, line
-    if code == 2:
-        assert said.err.startswith("prefopt: ") and len(said.err) > 12, (line, said.err)
-        assert not list(home.iterdir()), (line, "something was left behind")
+        said = capsys.readouterr()
+        assert code in (0, 1, 2), line
+        assert "Traceback" not in said.err + said.out, line
+        if code == 2:
+            assert said.err.startswith("prefopt: ") and len(said.err) > 12, (line, said.err)
+            assert not list(home.iterdir()), (line, "something was left behind")
 
 
 # ---- rows ---------------------------------------------------------------------------------------------
@@ -174,14 +197,14 @@ def tokenise():
 @example(lines=[b'{"prompt": "", "chosen": "", "rejected": {"image": "\\u0000"}}'], view="pairs", pictures=False, rows=None, skip=False)
 @example(lines=[b'{"prompt": "a", "chosen": {"image": "~nobody/x"}, "rejected": {"image": "b"}}'], view="pairs", pictures=True, rows=None,
          skip=False)
-def test_rows(lines, view, pictures, rows, skip, tmp_path, tokenise):
+def test_rows(lines, view, pictures, rows, skip, tmp_path, tokenise, capsys):
     """From the file to token ids. Every row is used, left out and counted, or named in the sentence that ends it."""
     file = tmp_path / "rows.jsonl"
     lines = [line.replace(b"\n", b" ") for line in lines]
     file.write_bytes(b"\n".join(lines))
     cfg = data_config(source="files", path=str(file), name="fuzz", pictures=pictures, rows=rows, eval_fraction=0.0,
                       on_bad_row="skip" if skip else "stop")
-    with no_hang():
+    with watched(lines, capsys):
         try:
             train, _ = load_data(cfg)
             made = make_dataset(train, cfg, tokenise, view, ("label", "weight", "margin"), False, 0) if not pictures else None
