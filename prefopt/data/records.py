@@ -3,7 +3,7 @@
 Shapes, told apart by the columns a row has (names can be mapped in `data.columns`):
   prompt + chosen + rejected       text, or chat messages; `label` may be the probability that chosen is better
   chosen + rejected                whole dialogues (messages, or Human/Assistant text) whose shared beginning is the prompt
-  prompt + completions + scores    a ranking; `ranks` (1 is best) does as well
+  prompt + completions + scores    a ranking; `ranks` (1 is best) does as well; prefopt label needs neither
   prompt + completion + label      thumbs-up or thumbs-down
   prompt + completion, or messages a demonstration
   prompt                           a prompt for sampling
@@ -112,8 +112,11 @@ class Example:
         return replace(self, prompt=[*earlier, replace(last, content=[*content, {"type": "user", "user": user}])])
 
 
-def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str = "") -> Example:
-    """The example in a row. Raises `BadRow`. Columns that no shape uses are kept in `meta`."""
+def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str = "", unscored: bool = False) -> Example:
+    """The example in a row. Raises `BadRow`. Columns that no shape uses are kept in `meta`.
+
+    `unscored`: the completions are about to be scored, so a ranking may have no scores (then they stay None), or equal ones.
+    """
     named = {key: name for key, name in columns.items() if name is not None}
     value = {key: row[name] for key, name in named.items() if row.get(name) is not None}
     meta = {k: v for k, v in row.items() if k not in named.values()}
@@ -124,7 +127,7 @@ def parse_row(row: dict[str, Any], columns: dict[str, str | None], origin: str =
                 raise BadRow(f"there is no '{named.get(side, side)}'")
         example = _pair(value)
     elif has("completions"):
-        example = _ranking(value)
+        example = _ranking(value, unscored)
     elif has("completion"):
         example = _single(value)
     elif has("messages"):
@@ -206,7 +209,7 @@ def _shared_prompt(sides: list[list[Message]]) -> tuple[list[Message], list[list
     return a[:shared], [a[shared:], b[shared:]]
 
 
-def _ranking(value: dict[str, Any]) -> Example:
+def _ranking(value: dict[str, Any], unscored: bool) -> Example:
     if "prompt" not in value:
         raise BadRow("'completions' needs a prompt")
     raw = value["completions"]
@@ -216,15 +219,17 @@ def _ranking(value: dict[str, Any]) -> Example:
     prompt, chat = (_caption(value), False) if pictures else _prompt(value["prompt"])
     key = "scores" if "scores" in value else "ranks"
     marks = value.get(key)
+    replies = pictures or [_completion_messages(c) for c in raw]
+    if marks is None and unscored:
+        return Example(prompt, [Completion(c) for c in replies], kind="ranking", chat=chat)
     if marks is None:
-        raise BadRow("'completions' needs 'scores' or 'ranks'")
+        raise BadRow("'completions' needs 'scores' or 'ranks' (prefopt label writes scores)")
     if not isinstance(marks, (list, tuple)) or len(marks) != len(raw):
         raise BadRow(f"there are {len(raw)} completions but {len(marks) if hasattr(marks, '__len__') else 'no list of'} {key}")
     scores = [_number(m, key) * (1 if key == "scores" else -1) for m in marks]
-    replies = pictures or [_completion_messages(c) for c in raw]
     completions = [Completion(c, score=s) for c, s in zip(replies, scores, strict=True)]
     completions.sort(key=lambda c: -c.score)
-    if completions[0].score == completions[-1].score:
+    if completions[0].score == completions[-1].score and not unscored:
         raise BadRow("all completions have the same score")
     return Example(prompt, completions, kind="ranking", chat=chat)
 

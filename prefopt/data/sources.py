@@ -61,12 +61,13 @@ def _told(message: Message) -> Any:
         return message.plain(), str(reason)
 
 
-def load_data(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Split, Split]:
-    """(train, eval) examples. With `on_bad_row=stop` the first unusable row raises a `UserError` naming file, row and reason."""
+def load_data(cfg: DataConfig, trust: TrustConfig | None = None, unscored: bool = False) -> tuple[Split, Split]:
+    """(train, eval) examples. With `on_bad_row=stop` the first unusable row raises a `UserError` naming file, row and reason. `unscored`
+    takes rankings that are yet to be scored."""
     train_rows, eval_rows, revision = _raw(cfg, trust)
-    train = _collect("train", train_rows, cfg, cfg.limit, revision)
+    train = _collect("train", train_rows, cfg, cfg.limit, revision, unscored)
     if eval_rows is not None:
-        held_out = _collect("eval", eval_rows, cfg, cfg.eval_limit, revision)
+        held_out = _collect("eval", eval_rows, cfg, cfg.eval_limit, revision, unscored)
     else:
         train, held_out = _hold_out(train, cfg)
     if not train.examples:
@@ -82,7 +83,9 @@ def _first(split: Split) -> str:
     return f"{split.rejected[0].origin}: {split.rejected[0].reason}" if split.rejected else "the data is empty"
 
 
-def _collect(name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | None, revision: str | None) -> Split:
+def _collect(
+    name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | None, revision: str | None, unscored: bool = False
+) -> Split:
     split = Split(name, [], revision=revision)
     columns = asdict(ColumnsConfig() if cfg.source == "picture_folders" else cfg.columns)  # there they are names of folders
     as_canonical = known.ROWS.get(cfg.rows)  # those of images have been made where their files are known
@@ -90,7 +93,7 @@ def _collect(name: str, rows: Iterable[RawRow], cfg: DataConfig, limit: int | No
         try:
             if isinstance(row, BadRow):
                 raise row
-            made = [parse_row(r, columns, origin) for r in (as_canonical(row) if as_canonical else [row])]
+            made = [parse_row(r, columns, origin, unscored) for r in (as_canonical(row) if as_canonical else [row])]
             for example in made:
                 _check_pictures(example, cfg)
             split.examples += made

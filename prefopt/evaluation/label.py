@@ -44,7 +44,7 @@ def label(cfg: LabelConfig) -> dict[str, Any]:
         raise UserError(f"output={cfg.output}: there is no folder {output.parent}; make it first")
     if cfg.hardware.processes > 1:
         raise UserError(f"hardware.processes={cfg.hardware.processes}: prefopt label runs in one process; set hardware.processes=1")
-    splits = {split.name: split for split in load_data(replace(cfg.data, eval_fraction=0.0), cfg.trust)}
+    splits = {split.name: split for split in load_data(replace(cfg.data, eval_fraction=0.0), cfg.trust, unscored=True)}
     examples, rejected = splits[cfg.split].examples, splits[cfg.split].rejected
     if not examples:
         raise UserError(f"data={cfg.data.name} has no {cfg.split} rows of its own; use split=train")
@@ -91,8 +91,9 @@ def labelled(example: Example, rewards: list[float], soft: bool, counts: Counts,
         row |= {"reward_chosen": ranked[0], "reward_rejected": ranked[1]}
         counts.margins_left_out += bool(example.margin)  # it said by how much the given preference was to win
     elif example.kind == "ranking":
-        for a, b in itertools.combinations(range(len(rewards)), 2):
-            _compare(counts, rewards[a] - rewards[b], example.completions[a].score - example.completions[b].score)
+        given = [completion.score for completion in example.completions]
+        for a, b in itertools.combinations(range(len(rewards)) if None not in given else (), 2):
+            _compare(counts, rewards[a] - rewards[b], given[a] - given[b])
         if ranked[0] == ranked[-1]:
             counts.rankings_left_out += 1
             return None

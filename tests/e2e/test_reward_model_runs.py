@@ -285,6 +285,23 @@ def test_chat_rows_stay_messages_and_counts_are_right():
     assert asdict(counts) == {"rows": 2, "compared": 3, "disagreements": 1, "ties": 1, "margins_left_out": 1, "rankings_left_out": 0}
 
 
+def test_rankings_without_scores_get_them(text_run, tmp_path, capsys):
+    scores = dict(zip(SAID, learned(text_run)([example(prompt="q", completion=said) for said in SAID]), strict=True))
+    ranked = sorted(SAID, key=lambda said: -scores[said])
+    marks = ({}, {"scores": None}, {"scores": [1] * 6}, {"ranks": [1, 2, 3, 4, 5, 6]})
+    rows = [{"prompt": "q", "completions": ranked[::-1], **mark, "source": "mine"} for mark in marks]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="row 1: 'completions' needs 'scores' or 'ranks' .prefopt label writes scores.*Mend the row"):
+        load_data(data_config(path=str(tmp_path / "given.jsonl")))  # as all other commands do
+    written = labels(tmp_path, f"reward.path={text_run}", "data=jsonl", f"data.path={tmp_path / 'given.jsonl'}")
+    for row in written:
+        assert {**row, "scores": None} == {"prompt": "q", "completions": ranked, "scores": None, "source": "mine"}
+        assert row["scores"] == pytest.approx([scores[said] for said in ranked], abs=1e-5)
+    assert "in 15 of 15 pairs" in capsys.readouterr().out, "only the ranks of the last row said which are better"
+    read = load_data(data_config(path=str(tmp_path / "labelled.jsonl"), eval_fraction=0.0))[0]
+    assert len(written) == len(read.examples) == 4
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (("output={there}", "data=bandit", "reward.path={rm}"), "is there already"),
     (("output={folder}/x/l.jsonl", "data=bandit", "reward.path={rm}"), "there is no folder"),

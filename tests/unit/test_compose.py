@@ -231,7 +231,7 @@ LIST = {"prompt": "a", "completions": ["b", "c", "d"]}
     ("dpo", [ONE], "row 1: this is a unary row, and the objective needs pairs (chosen and rejected). Choose other data, or an algorithm "
                    "for unary data, such as algo=kto"),
     ("lipo", [ONE], "the objective needs rankings (completions with scores or ranks) or pairs"),
-    ("lipo", [LIST], "row 1: 'completions' needs 'scores' or 'ranks'. Mend the row, or set data.on_bad_row=skip"),
+    ("lipo", [LIST], "row 1: 'completions' needs 'scores' or 'ranks' (prefopt label writes scores). Mend the row"),
     ("kto", [{"prompt": "a", "completion": "b"}], "row 1: this is a demonstration row, and the objective needs labelled completions"),
     ("sft", [{"prompt": "a"}], "such as algo=online_dpo"),
     ("ipo", [PAIR | {"margin": 1.0}], "row 1: the data has a margin, which this objective does not use"),
