@@ -21,6 +21,7 @@ from prefopt.config.listing import table
 from prefopt.config.schema import ModelConfig, TrainConfig
 from prefopt.data.batch import Row
 from prefopt.data.dataset import make_dataset, make_prompts
+from prefopt.data.extra import captions_of
 from prefopt.data.fits import VIEW_OF_KIND
 from prefopt.data.pictures import name_of
 from prefopt.data.records import Example, Message
@@ -147,6 +148,8 @@ def scene_of(cfg: TrainConfig) -> Scene:
         known["pictures"].clear()  # only their captions are read
     as_prompts = stepwise and not all(view in VIEW_OF_KIND[e.kind] for e in held_out.examples)
     judged = [] if as_prompts else make_dataset(held_out, cfg.data, lambda e: tokenise(e, True), *settings).rows
+    for example in (*held_out.examples, *captions_of(held_out.examples, objective.extra)):
+        tokenise(example, True)  # of held-out rankings all pictures are encoded: prefopt eval judges them whole
     denoiser = meta_denoiser(folder, cfg.model.resolution)
     numbers = sum(torch.Size(shape).numel() for shape in caption_shapes(denoiser).values())
     pictures = len(known["pictures"]) * (2 if cfg.data.flip else 1)

@@ -189,7 +189,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         trained = [reduce_ranking(e, "all" if view == "ranking" else cfg.data.pairs) for e in train_split.examples]
         if online and not stepwise and not asks_for_given(cfg.source):
             trained = [replace(e, completions=[]) for e in trained]
-        examples = [*trained, *held_out_split.examples]  # held-out rankings are judged as they are
+        examples = [*trained, *held_out_split.examples]  # held-out rankings whole: prefopt eval judges them as they are
         policy.encode([*examples, *captions_of(examples, objective.extra)], cfg.data, accelerator)
     as_prompts = {"train": online, "eval": online and not all(view in VIEW_OF_KIND[e.kind] for e in held_out_split.examples)}
     train, held_out = (

@@ -130,21 +130,27 @@ def test_a_plan_of_pictures_needs_configs_alone(capsys, pipeline, tmp_path):
 
 
 def test_the_work_on_pictures_is_that_of_the_run(capsys, pipeline, tmp_path):
-    seen, efforts = [], []
+    """Of rankings, with the pictures and captions that are encoded: of those held out all, of the others the best and the worst."""
+    seen, efforts, encoded = [], [], []
+    from prefopt.data.latents import Encodings
     from prefopt.training import plan_pictures
     from prefopt.training.engine import Engine
 
-    original, step = plan_pictures.estimate, Engine.step
+    original, step, want = plan_pictures.estimate, Engine.step, Encodings.want
     words = [*PICTURES, f"model.path={pipeline}", "train.steps=2", "adapter=lora", "evaluation.prompts=0", "train.self_check=false",
-             "noise.draws=2", "train.micro_batch_tokens=8"]
+             "noise.draws=2", "train.micro_batch_tokens=8", "data.completions=4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_pictures, "estimate", lambda *a: seen.append(original(*a)) or seen[-1])
         patch.setattr(Engine, "step", lambda *a: efforts.append(result := step(*a)) or result)
+        patch.setattr(Encodings, "want", lambda *a: encoded.append(tuple(map(len, result := want(*a)))) or result)
         plan(capsys, *words)
         assert train(tmp_path / "run", "hardware.peak_tflops=0.1", *words) == 0
     for name in ("useful", "executed", "tokens", "slots"):
         assert getattr(seen[0].work, name) == pytest.approx(sum(getattr(e.effort, name) for e in efforts) / 2), name
     assert seen[0].reference == "adapter off" and seen[0].draws == 8
+    scene = seen[0].scene
+    assert encoded == [(scene.pictures, scene.captions)] and scene.pictures == 16 * 2 + 4 * 4
+    assert all(len(row.tokens.branches) == 2 for row in scene.held_out), "what the run itself scores of them"
 
 
 def test_a_run_on_pictures_that_does_not_fit_is_told_what_would_help(capsys, monkeypatch, pipeline):
