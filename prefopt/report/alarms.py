@@ -46,6 +46,9 @@ DETAIL_GROWTH = 2.0
 # Beyond the clip a ratio teaches nothing (or in one direction only): above one half most of what was sampled and judged is lost.
 CLIPPED_SHARE = 0.5
 CLIPPED_STEPS = 10  # the last ones that were logged, so that the first steps of rounds, whose ratios are 1, do not decide
+# Where a reward is scarce most prompts may be tied for a while, and the others teach; at one prompt in twenty nobody does.
+TIED_SHARE = 0.95
+TIED_ROUNDS = 3  # the last ones that were logged, or all of a shorter run
 
 @dataclass(frozen=True)
 class Alarm:
@@ -82,6 +85,7 @@ def checked(rows: list[dict], pictures: bool = False) -> list[tuple[str, Alarm |
         ("over-optimisation", lambda: _overoptimisation(evals)),
         ("reward hacking", lambda: _hacking(train, evals)),
         ("clipped ratios", lambda: _clipped(train)),
+        ("equal rewards", lambda: _tied(train)),
         ("length growth", lambda: _length_growth(evals)),
         ("unfinished replies", lambda: _unfinished(evals)),
         ("skipped steps", lambda: _skipped(train)),
@@ -275,6 +279,26 @@ def _clipped(train: list[Row]) -> Alarm | None:
         "nothing: the policy has moved too far from the one that its ratios compare it with.\n"
         "Lower the learning rate, take fewer steps on each round (source.epochs, a larger train.batch_size), or widen the band "
         "(algo.epsilon). Where the comparison is with a reference: train fewer rounds.",
+    )
+
+
+def _tied(train: list[Row]) -> Alarm | None:
+    """Of runs that compare their own samples: of a prompt, or of one step of the sampler (then `rollout/kept` alone says it)."""
+    rounds = {row["samples"]: max(row.get("rollout/ties", 0.0), 1 - row.get("rollout/kept", 1.0)) for row in train
+              if "rollout/ties" in row or "rollout/kept" in row}
+    shares = list(rounds.values())[-TIED_ROUNDS:]
+    if not train:
+        raise _Unchecked("needs a step")
+    if not shares or (share := sum(shares) / len(shares)) < TIED_SHARE:
+        return None
+    return Alarm(
+        "equal_rewards",
+        "The reward tells no samples apart",
+        "samples-that-are-worth-the-same",
+        f"In the last {count(len(shares), 'round')} {100 * share:.0f} % of what was compared was worth the same: such groups have no "
+        "advantage and such pairs no weight, so next to nothing is learned.\n"
+        "Read samples with their rewards (rounds/ in the run's folder). If none deserves a reward, take easier prompts or a reward with "
+        "degrees; if all do, harder prompts, or be content. If they are all alike, raise source.samples or let the sampler vary more.",
     )
 
 

@@ -194,10 +194,11 @@ class OnlineSource:
                 "rollout/finished": fmean(s.finished for s in samples)}
 
     def _rewards(self, samples: list[Sample]) -> dict[str, float]:
-        """Their mean, and the share of prompts whose samples are all worth the same."""
+        """Their mean, and the share of prompts whose samples are all worth the same, where these are several."""
         size = self.cfg.samples
         groups = [[s.reward for s in samples[i : i + size]] for i in range(0, len(samples), size)]
-        return {"rollout/reward": fmean(map(fmean, groups)), "rollout/ties": fmean(max(g) == min(g) for g in groups)}
+        ties = {"rollout/ties": fmean(max(g) == min(g) for g in groups)} if size > 1 else {}
+        return {"rollout/reward": fmean(map(fmean, groups)), **ties}
 
     def _total(self, number: int, samples: list[Sample]) -> int:
         """Samples drawn up to the end of round `number`."""

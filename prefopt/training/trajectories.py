@@ -191,7 +191,9 @@ class TrajectorySource:
             "rollout/reward": fmean(rewards), "rollout/kept": kept, "samples": (number + 1) * len(drawn),
         }
         if size > 1:
-            self.metrics |= {"rollout/spread": fmean(pstdev(g) for g in groups), "rollout/ties": fmean(max(g) == min(g) for g in groups)}
+            self.metrics["rollout/spread"] = fmean(pstdev(g) for g in groups)
+        if size > 1 and not self.branches:  # which compare candidates, not pictures
+            self.metrics["rollout/ties"] = fmean(max(g) == min(g) for g in groups)
 
     def _advantages(self, drawn: list[Drawn], rewards: list[float]) -> list[float]:
         kind = self.cfg.trajectory.advantage

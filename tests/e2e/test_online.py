@@ -96,6 +96,17 @@ def test_metrics_of_rounds(tmp_path):
     assert rows[-1]["kl_to_reference"] > 0
 
 
+@pytest.mark.parametrize("words", [["algo=grpo", "algo.beta=0"], ["algo=online_dpo"]], ids=["rollout", "rounds"])
+def test_a_constant_reward_teaches_nothing_and_is_said_to(words, tmp_path, capsys, monkeypatch):
+    """The weights stay where they were, though every step is taken."""
+    monkeypatch.setattr(bandit, "reward_table", lambda: [[1.0] * bandit.REPLIES] * bandit.PROMPTS)
+    assert train(tmp_path / "run", *words, *BANDIT, "train.steps=8", "train.eval_every=4") == 0
+    said = capsys.readouterr().err
+    assert "ALARM after step 4: The reward tells no samples apart" in said and said.count("In the last 2 rounds 100 % of") == 1
+    rows = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    assert all(r["rollout/ties"] == 1 and r["grad_norm"] == 0 for r in rows)
+
+
 def test_a_refreshed_reference_is_the_policy_at_each_round(tmp_path):
     """Every fourth step begins a round: its margin is 0 where the reference moves along, and only at the start where it stays."""
     for refresh, zeros in (("round", [0, 4, 8]), ("never", [0])):

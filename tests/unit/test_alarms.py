@@ -173,6 +173,40 @@ def test_ratios_within_their_band_are_fine(rows):
     assert "clipped_ratios" not in names(rows)
 
 
+# ---- equal rewards ----------------------------------------------------------------------------------------
+
+
+def rounds_of(key, *shares):
+    """Two steps to a round."""
+    return [{"step": i + 1, "split": "train", "samples": 64 * (i // 2 + 1), key: share, "rollout/reward": 0.5}
+            for i, share in enumerate(share for share in shares for _ in range(2))]
+
+
+@pytest.mark.parametrize("rows", [
+    rounds_of("rollout/ties", 0.2, 0.3, 1.0, 1.0, 0.9),
+    rounds_of("rollout/ties", 1.0),  # one large round
+    rounds_of("rollout/kept", 0.02, 0.0, 0.0),
+])
+def test_rounds_in_which_all_samples_are_worth_the_same_are_noticed(rows):
+    (alarm,) = alarms(rows)
+    assert alarm.name == "equal_rewards" and alarm.explanation.count("\n") == 1
+
+
+def test_what_is_told_of_equal_rewards():
+    assert "In the last 3 rounds 97 % of" in alarms(rounds_of("rollout/ties", 0.2, 1.0, 1.0, 0.9))[0].explanation
+    assert "In the last 1 round 100 % of" in alarms(rounds_of("rollout/ties", 1.0))[0].explanation
+
+
+@pytest.mark.parametrize("rows", [
+    rounds_of("rollout/ties", 1.0, 1.0, 0.8),  # a reward that is scarce
+    rounds_of("rollout/kept", 1.0, 1.0),
+    rounds_of("rollout/reward", 0.5, 0.5),  # nothing is compared
+    train_rows("loss", [0.7, 0.6]),
+])
+def test_rewards_that_differ_somewhere_are_fine(rows):
+    assert "equal_rewards" not in names(rows)
+
+
 def test_texts_have_no_pictures_to_hack():
     assert "reward hacking" not in dict(limits.checked(two_evals(length=(20.0, 20.0))))
     assert "reward hacking" in dict(limits.checked(ROUND))
