@@ -52,7 +52,8 @@ def check_rounds(cfg: Any, info: ObjectiveInfo) -> None:
 def check_picture_rounds(cfg: Any, info: ObjectiveInfo) -> None:
     """The same of what only rounds of pictures have, and of what these cannot have."""
     source = cfg.source
-    if source.samples < 2 and source.partner == "sample" and info.view != "demonstrations":
+    imitates = info.view == "demonstrations" and cfg.model.kind == "diffusion"  # also where the best prompts alone are kept
+    if source.samples < 2 and source.partner == "sample" and not imitates:
         raise UserError(f"source.samples={source.samples}: {ALONE}; raise it, or with pictures let it meet the one that its row holds "
                         "(source.partner=given)")
     if cfg.model.kind != "diffusion":

@@ -171,6 +171,7 @@ def test_sampled_labels_follow_bradley_terry(tmp_path, monkeypatch):
     ("algo=grpo source=offline", "GRPO reads several sampled replies per prompt, each with a reward; use source=rollout"),
     ("algo=dpo source=rollout", "DPO reads pairs of a chosen and a rejected reply; use source=offline or source=rounds"),
     ("algo=grpo source.samples=1", "source.samples=1: it must be at least 2"),
+    ("algo=sft source=rounds source.samples=1", "source.samples=1: it must be at least 2"),
     ("algo=grpo sampler.temperature=0.7", "set sampler.temperature=1 sampler.top_p=1"),
     ("algo=grpo source.labels=sampled", "source.labels=sampled is for pairs made of rounds"),
     ("algo=grpo reward=none", "source=rollout needs a reward for what the policy writes: reward=none gives none"),
