@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from prefopt.policies.loading import add_lora, context_of, first_line, load_mode
 from prefopt.policies.locate import Located, locate
 from prefopt.policies.logprob import Head, token_logprobs
 from prefopt.policies.owned import consult
+from prefopt.policies.race import Race
 from prefopt.policies.save_split import save_split
 from prefopt.policies.split import Hooks, is_split, whole_shape
 
@@ -304,12 +306,12 @@ class CausalLM(LanguageModel):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Reply]:
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int, places: Sequence[int] | None = None) -> list[Reply]:
         """One reply per prompt, at most as long as the context allows: drawn, or at temperature 0 the most likely one that `sampler.beams`
-        beams find (one beam: word by word). The samples depend on `seed`, on the prompts, their order and
-        `sampler.batch_size` only; global RNG state is left alone.
+        beams find (one beam: word by word). The noise of a reply follows from (seed, its place), where `places` (0, 1, ... if not given)
+        are those of the prompts in what they are a part of: what is drawn beside it changes a reply by the rounding of log-probs only.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
         room = self.tokeniser.context - max(map(len, prompts), default=0)
         if room < 1:
@@ -317,11 +319,9 @@ class CausalLM(LanguageModel):
         greedy = sampler.temperature == 0
         # Scores of beams are sums of log-probs; without a penalty on length they only fall, so the search may end when none can still win.
         search = {"num_beams": sampler.beams, "length_penalty": 0.0, "early_stopping": "never"} if sampler.beams > 1 else {}
-        settings = GenerationConfig(
-            max_new_tokens=min(sampler.max_new_tokens, room), do_sample=not greedy, temperature=None if greedy else sampler.temperature,
-            top_p=None if greedy else sampler.top_p, top_k=None if greedy else 0, pad_token_id=self.pad,
-            eos_token_id=sorted(self.tokeniser.ends), use_cache=True, **search,
-        )
+        settings = GenerationConfig(max_new_tokens=min(sampler.max_new_tokens, room), do_sample=False, pad_token_id=self.pad,
+                                    eos_token_id=sorted(self.tokeniser.ends), use_cache=True, **search)
+        places = range(len(prompts)) if places is None else places
         replies: list[Reply] = []
         was_training = self.model.training
         self.model.eval()
@@ -330,23 +330,28 @@ class CausalLM(LanguageModel):
         inner = self.inner
         shipped, inner.generation_config = inner.generation_config, GenerationConfig()
         try:
-            with self.plainly(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(seed)
+            with self.plainly():
                 for i in range(0, len(prompts), sampler.batch_size):
-                    replies += self._generate(prompts[i : i + sampler.batch_size], settings)
+                    part = slice(i, i + sampler.batch_size)
+                    race = None if greedy else Race(seed, places[part], self.device)
+                    drawing = [TemperatureLogitsWarper(sampler.temperature), TopPLogitsWarper(sampler.top_p), race] if race else []
+                    replies += self._generate(prompts[part], settings, LogitsProcessorList(drawing))
+                    if race:
+                        race.check()
         finally:
             inner.generation_config = shipped
             self.model.train(was_training)
         return replies
 
-    def _generate(self, prompts: list[list[int]], settings: Any) -> list[Reply]:
+    def _generate(self, prompts: list[list[int]], settings: Any, processors: Any) -> list[Reply]:
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.pad)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt):], mask[row, width - len(prompt):] = torch.tensor(prompt), 1
         with self.autocast(keep=not any(map(is_split, self.parameters()))), eagerly(self.cfg.compile):
-            made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings)
+            made = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=settings,
+                                       logits_processor=processors)
         replies = []
         for new in made[:, width:].tolist():
             end = next((i for i, t in enumerate(new) if t in self.tokeniser.ends), None)

@@ -405,18 +405,21 @@ class DiffusionPolicy(nn.Module):
     # ---- samples ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Drawing]:
-        """A picture for each caption. Where it starts follows from (seed, caption, how often the caption came before for its user)."""
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int, places: Sequence[int] | None = None) -> list[Drawing]:
+        """A picture for each caption. Where it starts follows from (seed, caption, how often the caption came before for its user), the
+        draws that it is scored at from (seed, caption, its place), where `places` are 0, 1, ... if not given."""
+        places = range(len(prompts)) if places is None else places
         keys, seen = [], {}
         for (caption,) in prompts:
             seen[caption] = seen.get(caption, -1) + 1
             keys.append(("sample", seed, self._parts(caption)[0], seen[caption]))
         latents = self.draw(prompts, keys, sampler, sides=self.sides)
         images, numbers, out = self.encoders().decode(latents), self.draws.numbers(held_out=True), []
-        for place, ((caption,), latent, image) in enumerate(zip(prompts, latents, images, strict=True)):
+        for place, (caption,), latent, image in zip(places, prompts, latents, images, strict=True):
             picture = address("sample", seed, caption, place, latent.numpy().tobytes())
             self.encodings.add_latent(picture, latent)
-            out.append(Drawing(image, self.draws.branch(picture, caption, address("group", caption, picture), numbers)))
+            group = address("group", caption, "sample", seed, place)  # not the picture, whose last bits depend on its batch
+            out.append(Drawing(image, self.draws.branch(picture, caption, group, numbers)))
         return out
 
     @torch.no_grad()

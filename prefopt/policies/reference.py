@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -52,10 +52,10 @@ class AdapterOff:
         finally:
             self.policy.train(was_training)
 
-    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Any]:
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int, places: Sequence[int] | None = None) -> list[Any]:
         """Replies of the reference, as the policy would give them."""
         with self.active():
-            return self.policy.generate(prompts, sampler, seed)
+            return self.policy.generate(prompts, sampler, seed, places)
 
 
 class AsLoaded(AdapterOff):
@@ -132,9 +132,9 @@ class FrozenCopy:
     def __call__(self, micro: MicroBatch, *asked: Asked) -> Any:
         return self.frozen(micro, *asked)
 
-    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int) -> list[Any]:
+    def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int, places: Sequence[int] | None = None) -> list[Any]:
         """Replies of the copy, as the policy would give them."""
-        return self.frozen.generate(prompts, sampler, seed)
+        return self.frozen.generate(prompts, sampler, seed, places)
 
     @torch.no_grad()
     def refresh(self, mix: float = 1.0) -> None:

@@ -321,13 +321,13 @@ class Judge:
     # ---- samples ---------------------------------------------------------------------------------
 
     def _sample(self, step: int) -> list[dict[str, Any]]:
-        """This process's share of one reply per held-out prompt, with its rewards and its log-ratio to the initial policy; the same seed at
-        every step."""
+        """This process's share of one reply per held-out prompt, with its rewards and its log-ratio to the initial policy. Noise follows
+        from (seed, prompt): it is the same at every step, and on any number of processes."""
         engine, policy = self.engine, self.engine.policy
         rank, world = engine.accelerator.process_index, engine.world
         mine = list(range(rank, len(self.prompts), world))
         ids = [policy.prompt_ids(self.prompts[i].prompt, self.prompts[i].chat) for i in mine]
-        replies = policy.generate(ids, self.sampler, self.seed * 1000 + rank) if mine else []
+        replies = policy.generate(ids, self.sampler, self.seed, mine) if mine else []
         self.drawn = [(prompt, reply.branch) for prompt, reply in zip(ids, replies, strict=True)]
         log_ratios = self._log_ratios(ids, [r.branch for r in replies])
         answered = [answer(self.prompts[i], reply.text, getattr(reply, "image", None)) for i, reply in zip(mine, replies, strict=True)]

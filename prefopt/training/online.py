@@ -115,9 +115,9 @@ class OnlineSource:
 
     def _sample(self, asked: list[int], number: int, start: int) -> list[Sample]:
         """Replies to the prompts `asked`, which come from place `start` on in round `number`."""
-        seed = random.Random(f"sample {self.seed} {number} {start}").getrandbits(32)
+        seed = random.Random(f"sample {self.seed} {number}").getrandbits(32)
         ids = [self.prompts.rows[p].tokens.prompt for p in asked]
-        replies = self.writer.generate(ids, self.sampler, seed)
+        replies = self.writer.generate(ids, self.sampler, seed, range(start, start + len(asked)))
         rewards = judged(self.reward, [answer(self.prompts.examples[p], r.text) for p, r in zip(asked, replies, strict=True)])
         samples = [Sample(p, r.ids, r.finished, r.text, x) for p, r, x in zip(asked, replies, rewards, strict=True)]
         if "previous" in self.engine.objective.quantities and self.steps_per_round > 1:

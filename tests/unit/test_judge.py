@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,17 @@ def test_samples_are_measured_against_the_first_ones():
     expected = [-float(Tabular(CPU).logits.detach().log_softmax(-1)[i, best[i]]) for i in range(4)]
     assert after["kl"] == pytest.approx(np.mean(expected), abs=1e-5)
     assert {"step", "id", "prompt", "completion", "tokens", "finished", "reward", "log_ratio"} == set(second[0])
+
+
+def test_samples_do_not_depend_on_the_number_of_processes():
+    with fresh_accelerator() as accelerator:
+        judge = bandit_judge(accelerator, prompts=11)
+        one = judge._sample(0)
+        shared = []
+        for rank in range(3):
+            judge.engine.accelerator = SimpleNamespace(process_index=rank, num_processes=3, device=CPU)
+            shared += judge._sample(0)
+    assert sorted(shared, key=lambda s: s["id"]) == one and len({s["completion"] for s in one}) > 4
 
 
 def test_the_known_reward_decides_beside_a_learned_one():

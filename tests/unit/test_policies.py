@@ -12,7 +12,7 @@ from prefopt.data import bandit
 from prefopt.data.batch import Row, build
 from prefopt.data.records import BadRow, parse_row
 from prefopt.data.sources import load_data
-from prefopt.errors import UserError
+from prefopt.errors import RunFailed, UserError
 from prefopt.policies.load import load_policy
 from prefopt.policies.reference import make_reference
 from prefopt.policies.tabular import Tabular
@@ -207,6 +207,47 @@ def test_samples_depend_on_the_seed_and_leave_global_randomness_alone(llama):
     assert [r.ids for r in a] == [r.ids for r in b] != [r.ids for r in c]
     assert len({tuple(r.ids) for r in a}) > 1
     assert p.training and p.model.training
+
+
+def test_a_reply_does_not_depend_on_what_is_drawn_beside_it(llama):
+    """Its noise is that of (seed, place), whatever the batch, the order and the share of a process."""
+    p = policy(llama)
+    prompts = [p.prompt_ids(row.prompt, row.chat) for row in ROWS] * 3
+    assert len({len(ids) for ids in prompts}) == 3
+    made = [r.ids for r in p.generate(prompts, SamplerConfig(max_new_tokens=8), 5)]
+    for size in (1, 4):
+        assert [r.ids for r in p.generate(prompts, SamplerConfig(max_new_tokens=8, batch_size=size), 5)] == made
+    for places in ([0, 2, 4, 6, 8], [7, 5, 3, 1]):
+        assert [r.ids for r in p.generate([prompts[i] for i in places], SamplerConfig(max_new_tokens=8), 5, places)] == \
+            [made[i] for i in places]
+    assert made[0] != made[3] != made[6], "each place has noise of its own"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", [SamplerConfig(max_new_tokens=1), SamplerConfig(0.5, 0.6, max_new_tokens=1)])
+def test_replies_are_draws_from_the_policys_distribution(llama, sampler):
+    p = policy(llama)
+    prompt, count = p.prompt_ids(ROWS[0].prompt, ROWS[0].chat), 2000
+    with p.plainly():
+        wanted = (p.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1].double() / sampler.temperature).softmax(-1)
+    most = wanted.sort(descending=True)
+    wanted[most.indices[1:][most.values.cumsum(0)[:-1] >= sampler.top_p]] = 0
+    wanted /= wanted.sum()
+    sampler.batch_size = 1000
+    drawn = torch.bincount(torch.tensor([r.ids[0] for r in p.generate([prompt] * count, sampler, 0)]), minlength=len(wanted))
+    assert not drawn[wanted == 0].any() and (wanted == 0).any() == (sampler.top_p < 1)
+    kept = wanted > 0
+    chi = ((drawn - count * wanted).square() / (count * wanted))[kept].sum()
+    freedom = int(kept.sum()) - 1
+    assert abs(chi - freedom) < 5 * math.sqrt(2 * freedom + float((1 / (count * wanted[kept])).sum())), "Pearson's chi-square"
+
+
+def test_a_policy_without_finite_scores_writes_nothing(llama):
+    p = policy(llama)
+    with torch.no_grad():
+        p.model.get_output_embeddings().weight[3, 3] = math.nan
+    with pytest.raises(RunFailed, match="scores of next tokens are not finite"):
+        p.generate([[5, 6]], SamplerConfig(max_new_tokens=2), 0)
 
 
 def test_trap_29_what_a_checkpoint_ships_for_sampling_does_not_change_the_distribution(llama, tmp_path):
