@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from prefopt.policies.asked import Asked, answer
 from prefopt.policies.causal_lm import Reply
 from prefopt.policies.locate import Located
 from prefopt.policies.logprob import Head
-from prefopt.policies.noise import address
+from prefopt.policies.noise import share
 from prefopt.policies.owned import consult
 
 
@@ -101,13 +102,13 @@ class Tabular(Table):
     def generate(self, prompts: list[list[int]], sampler: SamplerConfig, seed: int, places: Sequence[int] | None = None) -> list[Reply]:
         if sampler.top_p < 1:
             raise UserError("model=bandit draws from its whole table; set sampler.top_p=1")
-        table = self.logits.detach().cpu()
+        table = self.logits.detach().cpu().double()
+        below = (table / (sampler.temperature or 1.0)).softmax(-1).cumsum(-1).tolist()
         replies = []
         for place, (x,) in zip(range(len(prompts)) if places is None else places, prompts, strict=True):
             if sampler.temperature == 0:  # replies have one token, so however many beams search, they find this
                 y = int(table[x].argmax())
             else:
-                generator = torch.Generator().manual_seed(address("reply", seed, place))
-                y = int(torch.multinomial((table[x] / sampler.temperature).softmax(-1), 1, generator=generator))
+                y = min(bisect(below[x], share("reply", seed, place)), len(below[x]) - 1)  # the last sum may be a little less than 1
             replies.append(Reply([y], True, f"{x}:{y}"))
         return replies

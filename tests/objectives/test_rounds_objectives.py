@@ -126,9 +126,9 @@ def test_rejection_samples_come_from_the_tilted_reference(tmp_path, monkeypatch)
         return real(self, group, rng)
 
     monkeypatch.setattr(OnlineSource, "_row", counting)
-    source = SourceConfig("rounds", "reference", prompts=240, samples=40, keep=4, rejection_beta=1.0)
+    source = SourceConfig("rounds", "reference", prompts=480, samples=40, keep=4, rejection_beta=1.0)
     trained("rso", tmp_path, 1, 0.1, source)
-    assert kept.sum() == 960
+    assert kept.sum() == 1920
     shares = kept / kept.sum(-1, keepdim=True)
     assert distance(shares, optimum(1.0)) < 0.1 and distance(shares, REFERENCE) > 0.2
 
