@@ -357,8 +357,11 @@ def test_samples_do_not_depend_on_their_batch(folders, family):
     policy.encoders = lambda: type("Decoder", (), {"decode": staticmethod(lambda latents: [None] * len(latents))})()
     prompts = [[policy.encodings.caption_of(c)] for c in "abab"]
 
+    scored: list[list[list[int]]] = []  # the group and the draws that samples are scored at
+
     def drawn(size: int, **settings) -> list[torch.Tensor]:
         made = policy.generate(prompts, SamplerConfig(steps=3, batch_size=size, **settings), 5)
+        scored.append([d.branch.ids[2:] for d in made])
         return [policy.encodings.latent(d.ids[0])[0] for d in made]
 
     whole, single = drawn(4, guidance=2.0), drawn(1, guidance=2.0)
@@ -367,6 +370,10 @@ def test_samples_do_not_depend_on_their_batch(folders, family):
     assert not torch.equal(whole[0], whole[2]), "the second picture of a caption starts elsewhere"
     assert not torch.allclose(whole[0], drawn(4, guidance=1.0)[0])
     assert policy.training
+    assert all(of == scored[0] for of in scored) and len({group for group, *_ in scored[0]}) == 4
+    (alone,) = policy.generate(prompts[1:2], SamplerConfig(steps=3, guidance=2.0), 5, [1])
+    assert alone.branch.ids[2:] == scored[0][1], "as on a process of several"
+    torch.testing.assert_close(policy.encodings.latent(alone.ids[0])[0], whole[1], rtol=1e-4, atol=1e-4)
 
 
 def test_trap_4_34_a_sample_is_the_pipelines_under_its_guidance(folders, family):

@@ -406,6 +406,7 @@ def test_ties_make_no_pair_and_a_step_without_pairs_changes_nothing(tmp_path):
             assert all(r.loss == 0 and r.grad_norm == 0 and not r.skipped for r in results)
             assert all(torch.equal(a, b) for a, b in zip(before, engine.policy.trainable().values(), strict=True))
             assert source.metrics["rollout/kept"] == 0
+            assert ("rollout/ties" in source.metrics) == (not own), "candidates are compared with one another, not pictures"
 
 
 def test_candidates_share_their_parent(tmp_path):
