@@ -45,8 +45,9 @@ class OnlineSource:
 
     `pairs`, `unary` and `demonstrations` views get the best and the worst reply of each prompt (or all of them, with `data.pairs=all`),
     the `ranking` and `groups` views all replies with their rewards. With `source.keep` a prompt has only the replies that rejection
-    sampling keeps of it, and its pairs are drawn from them at random. Samples follow from who writes them and (seed, round, place), not from
-    the number of processes. A round is written to `rounds/` before its first step, so that a run killed in the middle of it goes on with it.
+    sampling keeps of it, and its pairs are drawn from them at random. Samples follow from who writes them and (seed, round, place), not
+    from the number of processes. A round is written to `rounds/` before its first step, so that a run killed in the middle of it goes on
+    with it.
     """
 
     kind: ClassVar = Sample
