@@ -40,7 +40,7 @@ tried = 0
 
 @contextmanager
 def watched(case: object, capsys: pytest.CaptureFixture[str], seconds: int = 60):
-    """Raises in what does not end: a case takes a fraction of a second. In a long run, says how far it is, and what failed when it fails."""
+    """Raises in what does not end: a case takes a fraction of a second. In a long run, says how far it is, and what failed."""
     global tried
     tried += 1
 
