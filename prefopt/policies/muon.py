@@ -29,7 +29,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised Nesterov momentum of each matrix: W ← W − lr · 0.2 √max(rows, columns) · U Vᵀ.
 
-    The factor gives a step the size that AdamW's has, as torch.optim.Muon does under "match_rms_adamw" (arXiv 2502.16982).
+    The factor gives a step the size that AdamW's has, as torch.optim.Muon does under "match_rms_adamw" (arXiv 2502.16982). A convolution's
+    kernel [out, in, height, width] is the matrix [out, in · height · width].
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
@@ -42,9 +43,10 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 alike[weight.shape].append(weight)
             for shape, weights in alike.items():
-                updates = torch.stack([self._momentum(weight, group["momentum"]) for weight in weights])
-                length = 0.2 * max(shape) ** 0.5
-                torch._foreach_add_(weights, list(orthogonalised(updates).unbind()), alpha=-group["lr"] * length)
+                updates = torch.stack([self._momentum(weight, group["momentum"]).reshape(len(weight), -1) for weight in weights])
+                length = 0.2 * max(updates.shape[1:]) ** 0.5
+                steps = [step.view(shape) for step in orthogonalised(updates).unbind()]
+                torch._foreach_add_(weights, steps, alpha=-group["lr"] * length)
 
     def _momentum(self, weight: Tensor, share: float) -> Tensor:
         mean = self.state[weight].setdefault("momentum", torch.zeros_like(weight))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -33,8 +34,8 @@ PICTURES = {"count": 8192, "seed": 0}
 TOKENS = 12  # of a caption with its start and end; the world's have 8
 TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64}
 TEXT_TRAINING = {"steps": 60, "lr": 3e-3, "warmup_steps": 10}
-VAE = {"block_out_channels": (12, 24, 48), "latent_channels": 8, "layers_per_block": 1, "norm_num_groups": 4}
-VAE_TRAINING = {"steps": 1100, "batch_size": 8, "lr": 3e-3, "warmup_steps": 20, "kl": 3e-4, "l1": 0.2, "level": 3.0, "colours": 0.3}
+VAE = {"block_out_channels": (16, 32), "latent_channels": 3, "layers_per_block": 1, "norm_num_groups": 4}
+VAE_TRAINING = {"steps": 500, "batch_size": 8, "lr": 3e-3, "muon_lr": 1.5e-2, "warmup_steps": 20, "kl": 1e-3, "l1": 0.2}
 
 
 def parts_recipe() -> dict[str, object]:
@@ -150,13 +151,13 @@ def train(name: str, model: torch.nn.Module, settings: dict, loss: Callable[[int
 
 
 def _optimizers(model: torch.nn.Module, settings: dict) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights; settings with a `muon_lr` have Muon for the matrices of a transformer's blocks, without those of its adaLN."""
+    """AdamW for all weights; settings with a `muon_lr` have Muon for the blocks' matrices and kernels, without those of adaLN."""
     import torch
 
     from prefopt.policies.muon import Muon
 
     weights = dict(model.named_parameters())
-    inner = [name for name, w in weights.items() if name.startswith("transformer_blocks.") and w.ndim == 2 and "norm" not in name]
+    inner = [name for name, w in weights.items() if re.search(r"(^|_)blocks?\.", name) and w.ndim > 1 and "norm" not in name]
     matrices = [weights.pop(name) for name in inner if "muon_lr" in settings]
     adamw = torch.optim.AdamW(weights.values(), lr=settings["lr"], betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     return [adamw, Muon(matrices, settings["muon_lr"])] if matrices else [adamw]
@@ -276,7 +277,6 @@ def _vae(pixels: Tensor, progress: bool) -> tuple[AutoencoderKL, float]:
     """A VAE of these pictures [N, 3, H, W] uint8, its latents of the same scale in every channel, and its loss."""
     import torch
     from diffusers import AutoencoderKL
-    from torch.nn import functional as F
 
     levels = len(VAE["block_out_channels"])
     vae = AutoencoderKL(
@@ -291,17 +291,12 @@ def _vae(pixels: Tensor, progress: bool) -> tuple[AutoencoderKL, float]:
     start_straight(vae)
     coming = batches(len(pixels), VAE_TRAINING["batch_size"], VAE_TRAINING["steps"])
 
-    def loss(step: int) -> Tensor:
+    def loss(_: int) -> Tensor:
         x = _scaled(pixels[next(coming)]).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         off = vae.decode(posterior.sample()).sample - x
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        # Normalisation hides the level of a colour: unaided, the background is the last thing to be learnt, because encoder and decoder
-        # have to agree on how to tell it. So three latent channels begin as the colours; the aid fades.
-        level = F.avg_pool2d(off, 8).square().mean()
-        colours = (posterior.mean[:, :3] - 3 * F.avg_pool2d(x, 4)).square().mean()
-        aid = (1 - step / VAE_TRAINING["steps"]) * (VAE_TRAINING["level"] * level + VAE_TRAINING["colours"] * colours)
-        return off.square().mean() + VAE_TRAINING["l1"] * off.abs().mean() + VAE_TRAINING["kl"] * divergence + aid
+        return off.square().mean() + VAE_TRAINING["l1"] * off.abs().mean() + VAE_TRAINING["kl"] * divergence
 
     final = train("VAE", vae, VAE_TRAINING, loss, progress)
     _even_out(vae, pixels[:1024])
@@ -328,7 +323,7 @@ def _even_out(vae: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def _latents(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [N, C, 8, 8] of the latents, scaled as the denoiser wants them."""
+    """Mean and standard deviation [N, C, 16, 16] of the latents, scaled as the denoiser wants them."""
     import torch
 
     with torch.no_grad():
