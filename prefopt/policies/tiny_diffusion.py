@@ -6,9 +6,9 @@ They are pipelines as diffusers saves them (safetensors), for `DiffusionPipeline
 - "flow": a StableDiffusion3Pipeline around an MMDiT (arXiv 2403.03206) that predicts the velocity of a rectified flow (arXiv 2209.03003).
 
 All are pre-trained on pictures of every quality, so that they speak the world's language and have much to gain from preferences. They share
-their tokenizer, text encoder and VAE (3x16x16 latents), which are made first: latents and caption embeddings of one serve the others. The flow
-pipeline does not load without a T5, so it has one that is silent: its embeddings are zeros, 256 of them unless `max_sequence_length` says
-fewer. The network knows captions with 256 zeros and with one, and `max_sequence_length=1` is several times faster.
+their tokenizer, text encoder and VAE (3x16x16 latents), which are made first: latents and caption embeddings of one serve the others. The
+flow pipeline does not load without a T5, so it has one that is silent: its embeddings are zeros, 256 of them unless `max_sequence_length`
+says fewer. The network knows captions with 256 zeros and with one, and `max_sequence_length=1` is several times faster.
 """
 
 from __future__ import annotations
