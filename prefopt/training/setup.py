@@ -159,13 +159,6 @@ def _keep_freed_memory() -> None:
             mallopt(setting, value)
 
 
-def _return_freed_memory() -> None:
-    """Hands what is free back to the system, once: files that were read, encoders and decoded pictures, which no step needs again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     """Loads model and data and checks them against the objective. Raises `UserError` before any step."""
     torch.manual_seed(cfg.seed)
@@ -265,8 +258,6 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "data": {s.name: {"sha256": read[s.name], "revision": s.revision, **d.stats} for s, d in
                  ((train_split, train), (held_out_split, held_out))},
     }
-    if accelerator.device.type == "cpu":
-        _return_freed_memory()
     return Run(cfg, folder, engine, source, moving, judge, held_out, total, is_initial,
                unit(objective.view, {row.kind for row in train.rows}, online), peak, about)
 
