@@ -120,8 +120,11 @@ class StepAwareScorer:
         return out
 
     def save(self, path: Path) -> None:
+        """Under its name once it is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.network.state_dict(), path)
+        part = path.with_name(f".{path.name}.part")
+        save_file(self.network.state_dict(), part)
+        part.replace(path)
 
     def load(self, path: Path) -> None:
         self.network.load_state_dict(load_file(path))

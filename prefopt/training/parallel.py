@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -88,3 +90,8 @@ class Replicated:
 def copied(tensor: Tensor) -> Tensor:
     """A copy that later steps do not change."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def from_main(value: Any, accelerator: Accelerator) -> Any:
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

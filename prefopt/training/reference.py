@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ from prefopt.policies.split import Hooks, alone
 from prefopt.policies.store import Store, entry_key, evict, reference_root
 from prefopt.training import loading
 from prefopt.training.engine import quantities
+from prefopt.training.parallel import from_main
 from prefopt.training.rundir import differences, read_manifest
 from prefopt.training.source import OfflineSource
 
@@ -234,7 +235,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
         how = found_in(store)
         spent = f"{cost:,} tokens to score now, {live:,} over the run without the store"
         print(f"{scorer}: {how if use else 'live'}; {spent}", file=sys.stderr)
-    use, how = _from_main((use, how), accelerator)
+    use, how = from_main((use, how), accelerator)
     if not use:
         return None, {}
     filler = AdapterOff(policy) if model.frozen and (cfg.reference.policy == "base" or not model.adapter) else AsLoaded(policy)
@@ -249,7 +250,7 @@ def store_or_not(cfg: TrainConfig, policy: nn.Module, objective: Objective, sour
         store.touch()
         if cfg.reference.store_limit_gb is not None:
             evict(reference_root(), cfg.reference.store_limit_gb * 1e9, keep=store.used)
-    values = _from_main(values, accelerator)
+    values = from_main(values, accelerator)
     h = hashlib.sha256()
     for row, asked, scores in zip(every, rows, values, strict=True):
         others = [b.trained for tokens in row.extra for b in tokens.branches] if asked is not row else []
@@ -271,9 +272,9 @@ def found_in(store: Store) -> str:
 @contextmanager
 def one_filler(store: Store | None, scorer: str, accelerator: Accelerator) -> Iterator[None]:
     """Lets one run at a time fill a scorer's store. A run that had to wait finds there what the others have written."""
-    needed, said = _from_main(bool(store and store.missing()), accelerator), False
+    needed, said = from_main(bool(store and store.missing()), accelerator), False
     # The other processes hear from the main one all along: one that waits too long for another gives up.
-    while needed and not _from_main(not store or store.alone(0.5 if not said else TURN), accelerator):
+    while needed and not from_main(not store or store.alone(0.5 if not said else TURN), accelerator):
         if store and not said:
             print(f"{scorer}: another run fills the store; waiting for it", file=sys.stderr)
         said = True
@@ -301,7 +302,7 @@ def fill(store: Store | None, rows: Sequence[Row], keys: Sequence[Sequence[bytes
                disable=not store or not store.missing(), mininterval=0.1 if sys.stderr.isatty() else 5.0)
     with bar:
         while True:
-            part = _from_main(next(left, None), accelerator)
+            part = from_main(next(left, None), accelerator)
             if part is None:
                 return
             with alone(hooks):
@@ -365,8 +366,3 @@ def _score(part: Sequence[tuple[int, list[int]]], rows: Sequence[Row], level: st
             out.append((row, number, values[begin : begin + length].copy()))
             begin += length
     return out
-
-
-def _from_main(value: Any, accelerator: Accelerator) -> Any:
-    """The main process's value, on every process."""
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
+from accelerate.utils import gather_object
 
 from prefopt.data.batch import MicroBatch
 from prefopt.errors import RunFailed
@@ -18,22 +19,22 @@ BOUND = {"fp32": 1e-5, "bf16": 2e-2}
 
 def replay_check(engine: Engine, micros: list[MicroBatch], precision: str) -> dict[str, float]:
     """Scores the first step's transitions as training will, and compares with what was stored when they were drawn. Returns the largest
-    |ratio - 1| as `replay`; raises `RunFailed` with the likely cause where it is above the bound. Nothing for other sources."""
+    |ratio - 1| of all processes as `replay`; all of them raise `RunFailed` with the likely cause where it is above the bound. Nothing for
+    other sources."""
     sampling = getattr(engine.policy, "sampling", None)
     if sampling is None:
         return {}
     bound = BOUND[precision] * (1 if sampling.reduction == "mean" else math.prod(engine.policy.encodings.shape) ** 0.5)
-    was_training, found = engine.policy.training, {}
-    for name, training in (("as training does", True), ("without dropout", False)):
+    was_training, mine = engine.policy.training, []
+    for training in (True, False):
         engine.policy.train(training)
-        found[name] = max(_gap(engine, micro) for micro in micros)
-    engine.policy.train(False)
-    singly = max((_gap(engine, micro.only(torch.arange(len(micro.tree)) == 0)) for micro in micros[:1]), default=0.0)
+        mine.append(max(_gap(engine, micro) for micro in micros))
+    mine.append(max((_gap(engine, micro.only(torch.arange(len(micro.tree)) == 0)) for micro in micros[:1]), default=0.0))
     engine.policy.train(was_training)
-    gap = found["as training does"]
+    gap, resting, singly = map(max, zip(*(gather_object([mine]) if engine.world > 1 else [mine]), strict=True))
     if gap <= bound:
         return {"replay": gap}
-    if found["without dropout"] <= bound:
+    if resting <= bound:
         cause = "the network drops out parts of itself while it trains; set model.dropout=0 and model.lora.dropout=0"
     elif singly <= bound:
         cause = "the network's answer depends on the size of its batch; set sampler.batch_size and train.micro_batch_tokens alike"

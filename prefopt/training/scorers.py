@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from prefopt.config.schema import TrainConfig
@@ -18,7 +19,9 @@ from prefopt.policies.guidance import Guidance
 from prefopt.rewards.step_aware import StepAwareScorer
 from prefopt.rewards.true_reward import RewardFunction, judged
 from prefopt.training.branches import StepScorer
+from prefopt.training.checkpoint import naming
 from prefopt.training.judge import answer
+from prefopt.training.parallel import from_main
 
 
 class Foreseen:
@@ -33,8 +36,9 @@ class Foreseen:
 
 
 def make_scorer(cfg: TrainConfig, policy: DiffusionPolicy, reward: RewardFunction, rows: Sequence[Row], held_out: Sequence[Row],
-                main: bool) -> StepScorer:
-    """The scorer that `trajectory.scorer` names. One that is trained is kept in the run's folder, for when the run goes on."""
+                accelerator: Accelerator) -> StepScorer:
+    """The scorer that `trajectory.scorer` names, the same on every process. One that is trained is kept in the run's folder, for when the
+    run goes on."""
     if cfg.trajectory.scorer == "reward":
         return Foreseen(policy, reward)
     if not rows:
@@ -42,12 +46,15 @@ def make_scorer(cfg: TrainConfig, policy: DiffusionPolicy, reward: RewardFunctio
                         "trajectory.scorer=reward")
     scale = policy.cfg.guidance if cfg.trajectory.guidance is None else cfg.trajectory.guidance
     guidance, path, scorer = Guidance(scale), Path(cfg.run_dir) / "scorer.safetensors", StepAwareScorer(policy, cfg.seed)
-    if path.is_file():
+    if from_main(path.is_file(), accelerator):  # the others must not come upon what the main process is writing
         scorer.load(path)
         return scorer
     scorer.train(rows, guidance, cfg.seed)
-    if main:
-        scorer.save(path)
+    # Every process trains one meanwhile, for none waits an hour for another; GPUs round differently, and all are to judge alike.
+    scorer.network.load_state_dict(from_main({n: t.cpu() for n, t in scorer.network.state_dict().items()}, accelerator))
+    if accelerator.is_main_process:
+        with naming(path):
+            scorer.save(path)
         found = ", ".join(f"{value:.0%} with {left} of the noise left" for left, value in scorer.accuracy(held_out, guidance).items())
         print(f"scorer: trained on {len(rows)} rows; of held-out pairs it has right {found or 'nobody knows how many: there are none'}",
               file=sys.stderr)

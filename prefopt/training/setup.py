@@ -206,7 +206,7 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
     reward, scorer = rewards.get("reward") or rewards.get("true_reward"), None
     if stepwise and cfg.trajectory.candidates:
         pairs = make_dataset(train_split, cfg.data, policy.tokenise, "pairs", ("label",), False, cfg.seed).rows if teaches else []
-        scorer = make_scorer(cfg, policy, reward, pairs, [] if as_prompts["eval"] else held_out.rows, accelerator.is_main_process)
+        scorer = make_scorer(cfg, policy, reward, pairs, [] if as_prompts["eval"] else held_out.rows, accelerator)
     if accelerator.is_main_process:
         say_rejected(train_split, held_out_split, train, held_out)
     if len(train.rows) < objective.min_batch:
