@@ -60,9 +60,9 @@ def shape_of_denoiser(denoiser: Denoiser, resolution: int, adapter: dict[str, nn
 
 def low_rank(adapter: dict[str, nn.Parameter], places: dict[str, float]) -> float:
     """FLOPs of a forward pass through low-rank matrices, each called after the layer that it stands beside ([network.]LAYER.lora_A...), of
-    which `places` says how many vectors go through."""
-    layers = {name: name.partition(".lora_")[0].removeprefix("network.") for name in adapter}
-    return sum(2.0 * p.numel() * places[layers[name]] for name, p in adapter.items())
+    which `places` says how many vectors go through. What else is trained, such as an objective's own small module, is left out."""
+    layers = {name: name.partition(".lora_")[0].removeprefix("network.") for name in adapter if ".lora_" in name}
+    return sum(2.0 * adapter[name].numel() * places[layer] for name, layer in layers.items())
 
 
 def counted(denoiser: Denoiser, resolution: int) -> tuple[DrawShape, dict[str, float]]:

@@ -145,7 +145,8 @@ class FrozenCopy:
                 parameter.lerp_(now[name], mix)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.frozen.named_parameters() if name in self.policy.trainable()}
+        trained = self.policy.trainable()  # once: to find them all takes as long as to look through the copy
+        return {name: p for name, p in self.frozen.named_parameters() if name in trained}
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.frozen.load_state_dict(state, strict=False)

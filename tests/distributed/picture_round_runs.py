@@ -1,11 +1,15 @@
-"""Run under torchrun: whole runs as `zero_runs` makes them, where the second process stands for a machine that computes otherwise. It trains
-a step-aware scorer for a single step, and what it keeps of the walks is rounded in the run in a folder called `rounded`, which must fail."""
+"""Run under torchrun: whole runs as `zero_runs` makes them, where the second process stands for a machine that computes otherwise. It
+trains a step-aware scorer for a single step, and in the run in the folder `rounded`, which must fail, its walks are rounded once drawn.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 
+import diffusers  # noqa: F401
 import pytest
+import transformers  # noqa: F401
 
 from prefopt.errors import RunFailed
 from prefopt.rewards import step_aware
@@ -31,6 +35,7 @@ def training(cfg):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the imports made, or each run looks through it again
     second = os.environ["RANK"] == "1"
     step_aware.STEPS = 1 if second else SCORER_STEPS
     if second:

@@ -4,17 +4,19 @@ Where deepspeed is installed some of them are under ZeRO."""
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
 from safetensors.torch import load_file
 
+from prefopt.launch import app
 from prefopt.rewards import step_aware
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from tests.distributed.picture_round_runs import SCORER_STEPS
 from tests.distributed.test_two_processes import torchrun
-from tests.distributed.test_zero_runs import ADAM, config_of
+from tests.distributed.test_zero_runs import ADAM
 from tests.tiny_pipelines import save
 from tests.toy_runs import train
 
@@ -26,11 +28,11 @@ BRANCHES = ["trajectory.steps=4", "trajectory.window=[1,3]", "sampler.batch_size
 GRPO = ["algo=flow_grpo", *FLOW, "trajectory.steps=4", "trajectory.window_size=2", "sampler.batch_size=4", "source.samples=4"]
 CASES = {  # ZeRO stage and words
     "flow_grpo, two steps a round": (0, [*GRPO, "source.epochs=2", "evaluation.prompts=3"]),
-    "ddpo, advantages from a prompt's past": (2, ["algo=ddpo", *UNET, "trajectory.steps=4", "sampler.batch_size=4", "source.samples=3",
+    "ddpo, advantages from a prompt's past": (0, ["algo=ddpo", *UNET, "trajectory.steps=4", "sampler.batch_size=4", "source.samples=3",
                                                   "data.limit=3", "trajectory.min_count=4"]),
     "spo_diffusion, a scorer of its own": (3, ["algo=spo_diffusion", *UNET, *BRANCHES]),
-    "gradspo, an average draws": (2, ["algo=gradspo", *UNET, *BRANCHES]),
-    "online_diffusion_dpo": (3, ["algo=online_diffusion_dpo", *UNET, "sampler.batch_size=2", "evaluation.prompts=3"]),
+    "gradspo, an average draws": (0, ["algo=gradspo", *UNET, *BRANCHES]),
+    "online_diffusion_dpo": (2, ["algo=online_diffusion_dpo", *UNET, "sampler.batch_size=2", "evaluation.prompts=3"]),
     "seppo, one process draws nothing": (0, ["algo=seppo", *UNET, "reference.every=1", "sampler.batch_size=8"]),
 }
 WEIGHTS = 1e-5  # which have moved by up to 1e-3; the largest difference seen was 8e-7
@@ -44,20 +46,19 @@ def runs(tmp_path_factory):
     root, patch = tmp_path_factory.mktemp("rounds"), pytest.MonkeyPatch()
     paths = {"model=tiny-flow": save("sd3", root / "sd3"), "model=tiny-diffusion": save("sd15", root / "sd15")}
     patch.setattr(step_aware, "STEPS", SCORER_STEPS)
-    jobs = []
-
-    def job(folder, *words):
-        config = config_of(folder, patch, "hardware=2xcpu", *words)
-        jobs.append({"config": config, "algo": config["algo"]["name"], "kill": None})
-
-    for number, (stage, words) in enumerate(CASES.values()):
+    composed, real = [], app.run_here
+    patch.setattr(app, "run_here", lambda cfg: composed.append(asdict(cfg)) or real(cfg))
+    for number, (_, words) in enumerate(CASES.values()):
         words = [*COMMON, *words, *ADAM, *[f"model.path={path}" for model, path in paths.items() if model in words]]
         assert train(root / f"one-{number}", *words) == 0
-        job(root / f"two-{number}", *words, f"hardware.zero={stage * ZERO}")
-    job(root / "rounded", *COMMON, *GRPO, f"model.path={paths[FLOW[0]]}")
+    patch.undo()
+    stages = {f"two-{number}": stage * ZERO for number, (stage, _) in enumerate(CASES.values())}
+    jobs = []
+    for (name, stage), config in zip([*stages.items(), ("rounded", 0)], [*composed, composed[0]], strict=True):
+        hardware = config["hardware"] | {"processes": 2, "zero": stage}  # to compose them again would take as long as the runs
+        jobs.append({"config": config | {"run_dir": str(root / name), "hardware": hardware}, "algo": config["algo"]["name"], "kill": None})
     (root / "jobs.json").write_text(json.dumps(jobs))
     torchrun("-m", "tests.distributed.picture_round_runs", str(root / "jobs.json"))
-    patch.undo()
     return root
 
 

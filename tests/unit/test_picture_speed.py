@@ -103,6 +103,13 @@ def test_what_cannot_be_counted_is_said(capsys, monkeypatch, tmp_path):
     assert "the FLOPs of its UNet2DConditionModel are not counted" in capsys.readouterr().err
 
 
+def test_of_what_is_trained_beside_the_network_only_the_adapter_is_counted():
+    """An objective's own module (DPOK's critic) stands beside no layer."""
+    sizes = {"network.a.lora_A.default.weight": (2, 3), "network.a.lora_B.default.weight": (4, 2), "owned.layers.0.weight": (7, 7)}
+    trained = {name: torch.nn.Parameter(torch.ones(size)) for name, size in sizes.items()}
+    assert denoiser_flops.low_rank(trained, {"a": 5.0}) == 2 * 5 * (2 * 3 + 4 * 2)
+
+
 # ---- steps ---------------------------------------------------------------------------------------
 
 SMALL = ["model.resolution=16", "model.latent=[4,2]", "data=tiny-pictures", "data.limit=8", "data.eval_limit=2", "train.batch_size=4",
