@@ -41,7 +41,7 @@ def test_every_hardware_config_composes_and_its_deepspeed_settings_are_these():
     (["hardware=cpu2_zero2", "hardware.offload=all"], "set hardware.offload=optimizer, or hardware.zero=3"),
     (["hardware=cpu2_zero3", "train.ema=0.9"], "train.ema=0.9 needs whole weights"),
     (["hardware=cpu2_zero3", "algo=tr_dpo"], "needs whole weights on every process, and hardware.zero=3 splits them; set hardware.zero=2"),
-    (["hardware=cpu2_zero3", "algo=gradspo", "model=tiny-diffusion"], "which follows averages of the weights, needs whole weights on every"),
+    (["hardware=cpu2_zero3", "algo=gradspo", "model=tiny-diffusion"], "which follows averages of the weights, needs whole weights"),
     (["hardware=cpu2_zero3", "algo=seppo", "model=tiny-diffusion"], "reference.refresh=past needs whole weights on every process"),
     (["hardware=cpu2_zero3", "adapter=qlora"], "model.quantize=4bit needs whole weights"),
     (["hardware=cpu2_zero1", "model=bandit", "data=bandit"], "is a small table"),
