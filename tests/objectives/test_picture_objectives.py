@@ -143,7 +143,7 @@ def test_trap_4_1_the_strengths_of_known_models():
 
 
 @pytest.mark.parametrize(("words", "dims"), [(("model=sd15",), SD15), (("model=sdxl",), 4 * SD15),
-                                             (("model=sdxl", "model.resolution=512"), SD15), (("model=tiny-flow",), 8 * 8 * 8)])
+                                             (("model=sdxl", "model.resolution=512"), SD15), (("model=tiny-flow",), 3 * 16 * 16)])
 def test_trap_4_1_a_run_has_the_beta_of_its_models_latents(words, dims):
     cfg = typed(composed("algo=diffusion_dpo", "data=tiny-pictures", *words), "train", "diffusion_dpo")
     assert latent_dims(cfg.model) == dims and make_objective(cfg.algo).beta == pytest.approx(2000 / dims)

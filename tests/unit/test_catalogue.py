@@ -324,7 +324,7 @@ def test_what_a_docstring_says():
     (["diffusion_dpo"], ["for model=sd15 at 512 pixels D is 16,384", "algo.beta: 2000/D is 0.1221"]),
     (["diffusion_dpo", "model=sdxl"], ["for model=sdxl at 1024 pixels D is 65,536", "algo.beta: 2000/D is 0.03052"]),
     (["model=sdxl", "flow_rwr", "model.resolution=512"], ["for model=sdxl at 512 pixels D is 16,384", "algo.scale: 2/D is 0.0001221"]),
-    (["algo=dpo", "model=tiny-flow"], ["for model=tiny-flow at 32 pixels D is 512"]),
+    (["algo=dpo", "model=tiny-flow"], ["for model=tiny-flow at 32 pixels D is 768"]),
     (["model=sdxl"], ["model.latent: [4, 8]"]),
 ], ids=lambda value: "-".join(value) if "D is" not in "".join(value) else "")
 def test_show_says_what_a_setting_per_latent_dim_is(words, said):
