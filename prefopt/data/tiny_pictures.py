@@ -227,6 +227,24 @@ def _blobs(mask: np.ndarray) -> list[np.ndarray]:
     return found
 
 
+def _touched(mask: np.ndarray) -> np.ndarray:
+    """A mask and its neighbours over edges; beyond the picture's border there is nothing."""
+    wide = np.pad(mask, 1)
+    return wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:] | mask
+
+
+def _solid(opacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the opacity of pale or patchy things as if they were painted in full, how strong each is); what is opaque stays as it is. A person
+    sees a washed-out triangle as a triangle of a weak colour, and not as splinters."""
+    solid, strength = opacity.copy(), np.ones_like(opacity)
+    for blob in _blobs(opacity > 0.2):
+        strength[blob] = np.quantile(opacity[blob], 0.8)
+        solid[blob] = (opacity[blob] / max(strength[blob][0], 0.45)).clip(max=1.0)
+    for blob in _blobs(solid > 0.35):
+        solid[~_touched(~blob)] = 1.0  # what it surrounds on four sides
+    return solid, strength
+
+
 def _shape_fit(opacity: np.ndarray) -> dict[str, float]:
     """How well each shape explains one blob's opacity, 0 to 1: a soft choice between the shapes of the blob's area and centre of mass."""
     opacity = (1.6 * (opacity - 0.5) + 0.5).clip(0.0, 1.0)  # a blurred shape is still that shape
@@ -255,7 +273,8 @@ def _side(place: str, blob: np.ndarray) -> float:
 def measures(caption: str, image: Image) -> dict[str, float]:
     """What `true_reward` sees in a picture, each from 0 (not at all) to 1 unless said otherwise.
 
-    - `count`, `colour`, `shape`, `place`: how far each is as asked for, of things that look like shapes; `prompt_match` is their mean
+    - `count`, `colour`, `shape`, `place`: how far each is as asked for, of things that look like shapes; `prompt_match` is their mean. The
+      paler a shape is, the less colour it has; count, shape and place are seen as long as it is legible
     - `warmth`, -1 (as bluish as backgrounds are drawn) to 1 (as cream); `symmetry`: 1 where the background is as light on the left as on
       the right; `aesthetic`, -1 to 1: 0.6 warmth + 0.4 (2 symmetry - 1)
     - `mess`: how much of the picture is neither background nor one of the counted shapes
@@ -268,23 +287,22 @@ def measures(caption: str, image: Image) -> dict[str, float]:
     ground = _background(pixels)
     shares, off = _opacity(pixels, ground)
     unexplained = off.min(0)
-    opacity = np.take_along_axis(shares, off.argmin(0)[None], 0)[0].clip(max=1.0)
+    opacity, strength = _solid(np.take_along_axis(shares, off.argmin(0)[None], 0)[0].clip(max=1.0))
     # Blurred edges can join or lose shapes: they are counted at three heights.
     at_heights = [_blobs(opacity > height) for height in (0.35, 0.5, 0.65)]
     blobs = at_heights[1]
     parts = dict.fromkeys(("count", "colour", "shape", "place"), 0.0)
     own = np.zeros_like(opacity)
     for blob in blobs:
-        wide = np.pad(blob, 1)
-        grown = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:] | blob
-        alone = np.where(grown, opacity, 0.0)
+        alone = np.where(_touched(blob), opacity, 0.0)
         own = np.maximum(own, alone)
         wrong = (off[:, blob] ** 2).mean(1) / (2 * 30.0**2)  # a chance for each colour, pixels scattered by 30 of 255 around it
         chances = np.exp(wrong.min() - wrong)
         fits = _shape_fit(alone)
         looks = sum(fits.values()) / len(blobs)  # what looks like no shape at all has no colour and no place either, and does not count
         parts["count"] += looks * sum(len(found) == asked.count for found in at_heights) / len(at_heights)
-        parts["colour"] += looks * float(chances[list(COLOURS).index(asked.colour)] / chances.sum())
+        strong = min(1.0, float(strength[blob].mean()) / 0.8)
+        parts["colour"] += looks * strong * float(chances[list(COLOURS).index(asked.colour)] / chances.sum())
         parts["shape"] += fits[asked.shape] / len(blobs)
         parts["place"] += looks * _side(asked.place, blob)
     stray = np.where(opacity > 0.15, opacity - own, 0.0)

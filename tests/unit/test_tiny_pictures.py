@@ -128,6 +128,31 @@ def test_a_blurred_or_grainy_picture_is_worth_a_little_less():
     assert reward(drawn().resize((96, 96), Image.Resampling.BICUBIC)) == pytest.approx(reward(drawn()), abs=0.3)
 
 
+@pytest.mark.parametrize(
+    "asked", [Asked(2, "red", "circle", "left"), Asked(3, "purple", "cross", "top"), Asked(1, "yellow", "triangle", "right")]
+)
+def test_a_pale_picture_loses_colour_and_nothing_else_as_long_as_it_is_legible(asked):
+    full = world.draw(asked, random.Random(3), 1, 0).astype(float)
+    ground, strengths = world._background(full), (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.15)
+    seen = [world.measures(world.caption(asked), of(ground + strength * (full - ground))) for strength in strengths]
+    for measured in seen[:-1]:
+        assert min(measured["count"], measured["shape"], measured["place"]) > 0.9
+    colours = [measured["colour"] for measured in seen]
+    assert colours == sorted(colours, reverse=True) and colours[1] > 0.9 and 0.3 < colours[3] < 0.6 and colours[5] < 0.2
+    assert seen[-1]["prompt_match"] == 0
+
+
+def test_a_pale_stripe_does_not_break_a_shape_in_two():
+    asked = Asked(1, "red", "square", "left")
+    full = world.draw(asked, random.Random(0), 1, 0).astype(float)
+    painted = full - world._background(full)
+    middle = int(np.argwhere(np.abs(painted).sum(-1) > 150).mean(0)[0])
+    striped = full.copy()
+    striped[middle : middle + 2] -= 0.6 * painted[middle : middle + 2]
+    whole, broken = (world.measures(world.caption(asked), of(pixels)) for pixels in (full, striped))
+    assert whole["prompt_match"] > 0.95 and broken["prompt_match"] == pytest.approx(whole["prompt_match"], abs=0.06)
+
+
 def tricks() -> dict[str, Callable[[], Image.Image]]:
     """Pictures that show nothing of what CAPTION asks for, however much red there is in them."""
     rng = np.random.default_rng(0)
