@@ -11,8 +11,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
 BANDIT = ["algo=dpo", "model=bandit", "data=bandit", "train.eval_every=100000", "optim.schedule=constant", "optim.lr=0.01"]
 LONG = [*BANDIT, "train.steps=100000"]  # goes on until it is ended
+
+
+def torchrun(*command: str, **environment: str) -> None:
+    """Two processes run a module to its end."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **environment}
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
+                           env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        said = run.communicate(timeout=240)[1]
+    finally:
+        run.terminate()  # and not kill: it ends its workers
+    assert run.returncode == 0, said.partition("ChildFailedError")[0][-6000:]  # and not torchrun's summary
+
+
+def leave_together() -> None:
+    """A process that ends while another still talks to it can abort it, or be aborted."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def begin(*words: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:

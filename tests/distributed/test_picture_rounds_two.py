@@ -14,8 +14,8 @@ from prefopt.launch import app
 from prefopt.rewards import step_aware
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
+from tests.distributed.launching import torchrun
 from tests.distributed.picture_round_runs import SCORER_STEPS
-from tests.distributed.test_two_processes import torchrun
 from tests.distributed.test_zero_runs import ADAM
 from tests.tiny_pipelines import save
 from tests.toy_runs import train

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.distributed.launching import torchrun
 from tests.distributed.picture_ranks import graded
-from tests.distributed.test_two_processes import torchrun
 from tests.toy_runs import fresh_accelerator
 
 SLUGS = ("diffusion_dpo", "diffusion_kto", "dspo", "abc_diffusion")  # a plain one, one that couples the batch, states, extra sequences

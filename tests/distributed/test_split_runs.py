@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from prefopt.policies.tiny_lm import ensure_tiny_lm
 from prefopt.tracking.tracker import read_jsonl
+from tests.distributed.launching import torchrun
 from tests.distributed.split_runs import SHARD
-from tests.distributed.test_two_processes import torchrun
 from tests.distributed.test_zero_runs import ADAM, STEPS, TOLERANCE, config_of, same
 from tests.toy_runs import train
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +16,9 @@ from prefopt.config.catalogue import algo_info, groups
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.auto_beta import find_beta
+from tests.distributed.launching import torchrun
 from tests.toy_runs import fresh_accelerator, gradients
 from tests.unit.test_engine import engine_of, objective_named, rows_for, source_of
-
-ROOT = Path(__file__).parents[2]
-
-
-def torchrun(*command: str) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
-                   check=True, env=env, timeout=240, capture_output=True)
 
 
 def test_gradients_and_metrics_of_2x4_equal_1x8_for_every_algorithm(tmp_path):

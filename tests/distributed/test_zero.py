@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from prefopt.data.batch import build
+from tests.distributed.launching import torchrun
 from tests.distributed.zero_cases import CASES, LEARNING_RATE, made, save_models, weighted
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed; the extra `test` brings it")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """What two processes come to, all cases in one go: a process takes longer to start than all of them."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.distributed.zero_ranks"]
-    command += [str(folder), str(folder / "out.pt")]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        said = process.communicate(timeout=240)[1]
-    finally:
-        process.terminate()  # and not kill: it ends its workers
-    assert process.returncode == 0, said[-4000:]
+    torchrun("-m", "tests.distributed.zero_ranks", str(folder), str(folder / "out.pt"), DS_ACCELERATOR="cpu")
     return torch.load(folder / "out.pt", weights_only=True)
 
 

@@ -13,7 +13,7 @@ from prefopt.launch import app
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
 from prefopt.training.engine import Engine
-from tests.distributed.test_two_processes import torchrun
+from tests.distributed.launching import torchrun
 from tests.distributed.zero_runs import Killed, killed_before
 from tests.tiny_pipelines import save
 from tests.toy_runs import train

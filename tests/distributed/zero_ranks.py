@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from prefopt.data.batch import build
+from tests.distributed.launching import leave_together
 from tests.distributed.zero_cases import CASES, LEARNING_RATE, STEPS, made, weighted
 
 
@@ -39,7 +40,7 @@ def main() -> None:
         engine.destroy()
     if rank == 0:
         torch.save(out, sys.argv[2])
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

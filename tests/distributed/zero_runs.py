@@ -17,6 +17,7 @@ from prefopt.training import engine
 from prefopt.training.engine import Engine
 from prefopt.training.loop import train
 from prefopt.training.rundir import claim
+from tests.distributed.launching import leave_together
 
 STEP = Engine.step
 
@@ -58,7 +59,7 @@ def main() -> None:
             train(cfg)
         except Killed:
             pass
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
