@@ -24,7 +24,7 @@ def torchrun(*command: str, **environment: str) -> None:
     run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
                            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        said = run.communicate(timeout=240)[1]
+        said = run.communicate(timeout=480)[1]
     finally:
         run.terminate()  # and not kill: it ends its workers
     assert run.returncode == 0, said.partition("ChildFailedError")[0][-6000:]  # and not torchrun's summary

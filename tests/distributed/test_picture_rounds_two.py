@@ -34,6 +34,10 @@ CASES = {  # ZeRO stage and words
     "gradspo, an average draws": (0, ["algo=gradspo", *UNET, *BRANCHES]),
     "online_diffusion_dpo": (2, ["algo=online_diffusion_dpo", *UNET, "sampler.batch_size=2", "evaluation.prompts=3"]),
     "seppo, one process draws nothing": (0, ["algo=seppo", *UNET, "reference.every=1", "sampler.batch_size=8"]),
+    "d3po": (2, ["algo=d3po", *UNET, "trajectory.steps=4", "sampler.batch_size=4", "source.samples=2"]),
+    "dpok, a learned baseline": (0, ["algo=dpok", *UNET, "trajectory.steps=4", "sampler.batch_size=4", "source.samples=2"]),
+    "spro_selfplay": (0, ["algo=spro_selfplay", *FLOW, "sampler.batch_size=4", "source.samples=4"]),
+    "rpo_subject": (0, ["algo=rpo_subject", *FLOW, "sampler.batch_size=4"]),
 }
 WEIGHTS = 1e-5  # which have moved by up to 1e-3; the largest difference seen was 8e-7
 ZERO = find_spec("deepspeed") is not None
