@@ -97,13 +97,14 @@ def words(job: dict[str, Any]) -> list[str]:
     return [
         f"hydra.run.dir={job['work']}/run-{os.getpid()}", "algo=diffusion_dpo", f"algo.beta={job['beta'] / latents!r}",
         f"model={'sdxl' if 'sdxl' in job['shape'] else 'sd15'}{'-lora' if job['lora'] else ''}", f"model.path={job['model']}",
-        f"model.resolution={job['resolution']}", f"model.gradient_checkpointing={str(job['checkpointing']).lower()}",
+        f"model.resolution={job['resolution']}", f"model.gradient_checkpointing={str(job['checkpointing'] or job['cheap']).lower()}",
+        f"model.recompute={'cheap' if job['cheap'] else 'all'}",
         "data=pictures", f"data.path={job['rows']}", "data.eval_fraction=0", f"seed={SEED}",
         *(["noise=pool", "noise.pool=1"] if job["stored"] else ["noise=default"]),
         f"hardware={'1xgpu' if job['cuda'] else 'cpu'}", f"hardware.threads={job['threads']}", f"hardware.precision={job['precision']}",
         f"train.batch_size={job['batch']}", f"train.micro_batch_tokens={2 * job['micro']}", f"train.steps={job['steps']}",
         "train.self_check=false", "evaluation.prompts=0", "evaluation.kl=false", f"train.eval_every={10**9}", f"train.save_every={10**9}",
-        f"optim.lr={job['lr']}", "optim.schedule=constant", "optim.warmup=0", *job["slim"],
+        f"optim.lr={job['lr']}", "optim.schedule=constant", "optim.warmup=0",
     ]  # fmt: skip
 
 

@@ -149,7 +149,6 @@ class HardwareConfig:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     timeout: float = 1800.0
     threads: Optional[int] = None
-    keep_freed: bool = True
     memory_gb: Optional[float] = None
     peak_tflops: Optional[float] = None
     mfu: float = 0.4

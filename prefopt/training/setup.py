@@ -144,20 +144,18 @@ def make_accelerator(cfg: TrainConfig) -> Accelerator:
         raise UserError(f"hardware={cfg.hardware.name} asks for an Apple GPU and torch sees none; use hardware=cpu")
     cpu = cfg.hardware.device == "cpu" or not (torch.cuda.is_available() or cfg.hardware.device == "mps")
     if cpu:
-        _freed_memory(cfg.hardware.keep_freed)
+        _keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, where it is installed, warns that it found no GPU
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.hardware.timeout))])
 
 
-def _freed_memory(kept: bool) -> None:
-    """Tells glibc what to do with freed memory. `kept`: nothing goes back to the system, for every micro-batch needs the same again, and
-    fetching it page by page takes up to a tenth of a step. Otherwise all tensors of 256 KiB or more go back at once, so that the process is
-    as large as what it holds, without holes (docs/performance.md). Where the C library is another one, nothing happens.
+def _keep_freed_memory() -> None:
+    """Tells glibc not to hand freed memory back to the system: every micro-batch needs the same again, and fetching it page by page took a
+    tenth of a step (docs/performance.md). Where the C library is another one, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        trim, pad, mmap, mmaps = -1, -2, -3, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
-        for setting, value in ((trim, 2**31 - 1), (pad, 1 << 26), (mmaps, 0)) if kept else ((trim, 1 << 17), (mmap, 1 << 18)):
+        for setting, value in ((-1, 2**31 - 1), (-2, 1 << 26), (-4, 0)):  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX of malloc.h
             mallopt(setting, value)
 
 
