@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,20 +18,36 @@ KEPT = {
     _aten.convolution.default, _aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+HAND_BACK_EVERY = 5  # blocks: often enough that little piles up, and seldom enough that it takes little time
 
 
 def checkpoint_blocks(network: nn.Module, recompute: str) -> None:
     """Has a block keep its inputs alone and run again in the backward pass (`recompute` all, arXiv 1604.06174), or keep what its
-    convolutions and attentions have made as well and run the rest again (cheap, the selective recomputation of arXiv 2205.05198)."""
-    if recompute == "all":
-        network.enable_gradient_checkpointing()
-        return
+    convolutions and attentions have made as well and run the rest again (cheap, the selective recomputation of arXiv 2205.05198).
+
+    On the CPU freed memory goes back to the system before a forward pass and after every few blocks of a backward pass. The C library
+    would keep it, and since gradients seldom fit into what activations have left, a process would grow by what no tensor uses."""
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if recompute == "cheap" else {}
+    on_cpu, runs = next(network.parameters()).device.type == "cpu", count(1)
 
     def run(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+        outputs = checkpoint(block.__call__, *inputs, use_reentrant=False, **context)
+        if on_cpu and next(runs) % HAND_BACK_EVERY == 0:
+            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+                if output.requires_grad:
+                    output.register_hook(_hand_back)
+        return outputs
 
     network.enable_gradient_checkpointing(run)
+    if on_cpu:
+        network.register_forward_pre_hook(lambda *_: _hand_back() if torch.is_grad_enabled() else None)
 
 
 def _policy(_: Any, operation: Any, *inputs: Any, **settings: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _hand_back(_: Any = None) -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: other C libraries have none, and need none
+    if trim is not None:
+        trim(0)
