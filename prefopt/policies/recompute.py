@@ -18,7 +18,7 @@ KEPT = {
     _aten.convolution.default, _aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-HAND_BACK_EVERY = 5  # blocks: often enough that little piles up, and seldom enough that it takes little time
+HAND_BACK_EVERY = 8  # blocks: often enough that little piles up, and seldom enough that it takes little time
 
 
 def checkpoint_blocks(network: nn.Module, recompute: str) -> None:
@@ -33,9 +33,9 @@ def checkpoint_blocks(network: nn.Module, recompute: str) -> None:
     def run(block: nn.Module, *inputs: Any) -> Any:
         outputs = checkpoint(block.__call__, *inputs, use_reentrant=False, **context)
         if on_cpu and next(runs) % HAND_BACK_EVERY == 0:
-            for output in outputs if isinstance(outputs, tuple) else (outputs,):
-                if output.requires_grad:
-                    output.register_hook(_hand_back)
+            several = outputs if isinstance(outputs, tuple) else (outputs,)  # the last block of an MMDiT has a None among them
+            if learnt := [output for output in several if torch.is_tensor(output) and output.requires_grad]:
+                learnt[0].register_hook(_hand_back)
         return outputs
 
     network.enable_gradient_checkpointing(run)
