@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -26,6 +28,26 @@ def test_one_token_for_many_equal_ones_is_the_same_function():
         network.set_attn_processor(tiny_diffusion._ManyZeros())
         torch.testing.assert_close(out(1), many, rtol=1e-4, atol=1e-5)
     assert (many - few).abs().max() > 0.01
+
+
+def test_the_mmdit_tells_its_places_apart_by_waves_that_fit_the_picture(tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    width = tiny_diffusion.MMDIT["attention_head_dim"] * tiny_diffusion.MMDIT["num_attention_heads"]
+    shape = {"sample_size": 16, "in_channels": 3, "out_channels": 3, "joint_attention_dim": 16, "pooled_projection_dim": 16}
+    network = SD3Transformer2DModel(**shape, caption_projection_dim=width, **tiny_diffusion.MMDIT)
+    usual = network.pos_embed.pos_embed[0].clone()
+    tiny_diffusion._place(network)
+    table, waves = network.pos_embed.pos_embed[0], width // 4
+    row, column, longest = 3, 5, 2 * math.pi / tiny_diffusion.PERIODS[1]
+    told = table.view(8, 8, 4, waves)[row, column]
+    expected = [f(x * longest) for x in (row, column) for f in (math.sin, math.cos)]
+    torch.testing.assert_close(told[:, -1], torch.tensor(expected))
+    torch.testing.assert_close(told[:, 0], torch.tensor([0.0, -1.0, 0.0, -1.0]), atol=1e-5, rtol=0)  # two places: half a wave each
+    torch.testing.assert_close(table.norm(dim=1), usual.norm(dim=1))  # neither louder nor quieter beside the picture
+    assert torch.nn.functional.pdist(table).min() > 2 * torch.nn.functional.pdist(usual).min()
+    network.save_pretrained(tmp_path)
+    assert torch.equal(SD3Transformer2DModel.from_pretrained(tmp_path).pos_embed.pos_embed[0], table)
 
 
 def test_every_word_is_a_token_and_any_text_can_be_encoded(tmp_path):
