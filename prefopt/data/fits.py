@@ -35,7 +35,7 @@ INSTEAD = {"unary": "algo=kto", "demonstration": "algo=sft", "prompt": "algo=onl
 
 def check_data(cfg: TrainConfig) -> None:
     """Refuses, before anything is loaded, files that are not there and data that the objective cannot read."""
-    check_files(cfg.data)
+    check_files(cfg.data, cfg.trust)
     check_transforms(cfg.data)
     if cfg.source.kind != "offline" or cfg.data.transforms:
         return  # replies are sampled, or rows are made over: `check_use` sees what comes of it

@@ -8,9 +8,11 @@ the data's folder is refused unless `trust.paths=true`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -238,13 +240,18 @@ def find(path: str, bases: list[Path], root: Path | None) -> str:
     except (ValueError, RuntimeError) as error:  # RuntimeError: the home of nobody
         raise BadRow(f"{path[:40]!r} cannot be the path of an image ({error})") from error
     if root is not None:
-        inside = [_real(str(root)) + os.sep, _real(str(bases[0])) + os.sep]
-        if os.path.isabs(os.path.expanduser(path)) or not any(os.path.realpath(places[0]).startswith(r) for r in inside):
+        if os.path.isabs(os.path.expanduser(path)) or _leads_out(places[0], root, bases[0]):
             raise BadRow(f"the image path {path} leads out of the data's folder; trust.paths=true allows it")
     return next((place for place in places if os.path.isfile(place)), places[0])
 
 
 _real = lru_cache(maxsize=64)(os.path.realpath)
+
+
+def _leads_out(place: str | Path, *roots: Path) -> bool:
+    """Whether a path, its links followed, lies in none of the folders."""
+    where = os.path.realpath(place) + os.sep
+    return not any(where.startswith(_real(str(root)) + os.sep) for root in roots)
 
 
 def refuse_hub_images(table: Any, path: str) -> None:
@@ -257,18 +264,62 @@ def refuse_hub_images(table: Any, path: str) -> None:
 # ---- folders -------------------------------------------------------------------------------------------
 
 
-def folder(path: Path, columns: dict[str, str | None], key: str = "data.path") -> Iterator[RawRow]:
-    """Images with captions in text files of the same name. Where the folder holds two folders with the names in `data.columns.chosen` and
-    `.rejected`, files of one name in both are pairs (the caption may stand beside either); otherwise each image is a demonstration."""
-    chosen, rejected = (path / (columns[side] or side) for side in ("chosen", "rejected"))
-    if chosen.is_dir() != rejected.is_dir():
-        there, lacking = (chosen, rejected) if chosen.is_dir() else (rejected, chosen)
-        raise UserError(f"{key}={path}: there is a folder {there.name} and none called {lacking.name}; pairs are files of the same name in "
-                        "both (other names: data.columns.chosen=NAME data.columns.rejected=NAME)")
-    if not chosen.is_dir():
-        found = images_in(path, key)
-        return ((str(file), _demonstration(file)) for file in found)
-    return _pairs(images_in(chosen, key), images_in(rejected, key), chosen, rejected)
+CAPTIONS = (".txt", ".caption")  # the endings of files that hold a caption; the first that is there
+KOHYA = ("w", "l")  # what sd-scripts (its pull request 1427) calls winners and losers; they lie in folders called REPEATS_NAME
+REPEATS = re.compile(r"\d+_.")
+
+
+def folder(path: Path, columns: dict[str, str | None], key: str = "data.path", root: Path | None = None) -> Iterator[RawRow]:
+    """Images with captions in text files of the same name. Where there are two folders, called as `data.columns.chosen` and `.rejected`
+    say, or w and l, files of one name in both are pairs (the caption may stand beside either); otherwise each image is a demonstration.
+    With a `root` the two folders must lie in it."""
+    if sides := _sides(path, columns, key, root):
+        found = [(images_in(chosen, key), images_in(rejected, key), chosen, rejected) for chosen, rejected in sides]
+        return chain.from_iterable(_pairs(*pair) for pair in found)
+    return ((str(file), _demonstration(file)) for file in images_in(path, key))
+
+
+def notes(path: Path, columns: dict[str, str | None]) -> list[str]:
+    """What the user should know of how a folder is read."""
+    numbered = [chosen.parent.name for chosen, _ in _sides(path, columns, "data.path", None) if REPEATS.match(chosen.parent.name)]
+    shown = ", ".join(numbered[:3]) + (", ..." if len(numbered) > 3 else "")
+    return [f"the repeat numbers of folders ({shown}) are ignored, each pair counts once"] if numbered else []
+
+
+def _sides(path: Path, columns: dict[str, str | None], key: str, root: Path | None) -> list[tuple[Path, Path]]:
+    """The folders of chosen and rejected images: in the folder itself, or else in each of those in it that are called REPEATS_NAME."""
+    if own := _two(path, columns, key, root):
+        return [own]
+    inner = sorted(part for part in path.glob("*") if part.is_dir() and REPEATS.match(part.name))
+    found = {part: _two(part, columns, key, root) for part in inner}
+    if any(found.values()) and (bare := [part.name for part, two in found.items() if two is None]):
+        raise UserError(f"{key}={path}: {bare[0]} holds no folders of chosen and rejected images, and others do; move it elsewhere, or "
+                        "take them one by one")
+    return [two for two in found.values() if two]
+
+
+def _two(path: Path, columns: dict[str, str | None], key: str, root: Path | None) -> tuple[Path, Path] | None:
+    for names in ([columns[side] or side for side in ("chosen", "rejected")], KOHYA):
+        chosen, rejected = two = tuple(Path(os.path.normpath(path / Path(name).expanduser())) for name in names)
+        there = [side for side in two if side.is_dir()]
+        if len(there) == 1 and (names is not KOHYA or _holds_only(path, there[0])):
+            lacking = rejected if there[0] == chosen else chosen
+            raise UserError(f"{key}={path}: there is a folder {there[0].name} and none called {lacking.name}; pairs are files of the same "
+                            "name in both (other names or paths from there: data.columns.chosen=NAME data.columns.rejected=NAME)")
+        if len(there) < 2:
+            continue
+        if root is not None and (out := [n for n, side in zip(names, two, strict=True) if _leads_out(side, root, path)]):
+            raise UserError(f"{key}={path}: the folder {out[0]} leads out of the data's folder; trust.paths=true allows it")
+        if not (_leads_out(chosen, rejected) and _leads_out(rejected, chosen)):
+            raise UserError(f"{key}={path}: of the folders {names[0]} and {names[1]} one lies in the other; pairs need two apart "
+                            "(data.columns.chosen, data.columns.rejected)")
+        return chosen, rejected
+    return None
+
+
+def _holds_only(path: Path, one: Path) -> bool:
+    """Whether there is nothing but this folder in the other. Beside others, w and l may be any letters."""
+    return [part for part in path.iterdir() if not part.name.startswith(".")] == [one]
 
 
 def images_in(path: Path, key: str = "data.path") -> list[Path]:
@@ -306,27 +357,31 @@ def _pair(better: Path, worse: Path) -> dict | BadRow:
     said = [_caption(file) for file in (better, worse)]
     if bad := next((s for s in said if isinstance(s, BadRow)), None):
         return bad
-    if None not in said and said[0] != said[1]:
-        return BadRow(f"{better.with_suffix('.txt').name} says different things in the two folders; a pair has one caption (a jsonl file "
-                      "can give each image its own)")
     caption = said[0] if said[0] is not None else said[1]
     if caption is None:
-        return BadRow(f"it has no caption: there is no {better.with_suffix('.txt').name} in either folder")
-    return {"prompt": caption, "chosen": {"image": os.path.abspath(better)}, "rejected": {"image": os.path.abspath(worse)}}
+        return BadRow(f"it has no caption: there is no {_texts(better)} in either folder")
+    own = {} if said[1] in (None, caption) else {"caption": said[1]}  # a caption of its own, as in a table
+    return {"prompt": caption, "chosen": {"image": os.path.abspath(better)}, "rejected": {"image": os.path.abspath(worse), **own}}
 
 
 def _demonstration(file: Path) -> dict | BadRow:
     caption = _caption(file)
     if caption is None:
-        return BadRow(f"it has no caption: there is no {file.with_suffix('.txt').name}")
+        return BadRow(f"it has no caption: there is no {_texts(file)}")
     return caption if isinstance(caption, BadRow) else {"prompt": caption, "completion": {"image": os.path.abspath(file)}}
+
+
+def _texts(file: Path) -> str:
+    return " or ".join(file.with_suffix(ending).name for ending in CAPTIONS)
 
 
 def _caption(file: Path) -> str | None | BadRow:
     """What the text file beside an image says; None: there is none."""
-    try:
-        return file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        return BadRow(f"its caption {file.with_suffix('.txt').name} cannot be read ({type(error).__name__})")
+    for text in (file.with_suffix(ending) for ending in CAPTIONS):
+        try:
+            return text.read_text(encoding="utf-8-sig").strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            return BadRow(f"its caption {text.name} cannot be read ({type(error).__name__})")
+    return None

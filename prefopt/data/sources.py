@@ -38,6 +38,7 @@ class Split:
     revision: str | None = None  # the hub commit that was read
     no_preference: Counter[str] = field(default_factory=Counter)  # reason -> rows without one, such as ties: expected, counted, not broken
     transforms: list[dict[str, Any]] = field(default_factory=list)  # what each data transform did: name, rows before and after, counts
+    notes: list[str] = field(default_factory=list)  # what the user should know of how the data was read
 
     def digest(self) -> str:
         """sha256 over prompts, completions and labels, in order. Scores of pairs are left out: only transforms read them. Images count with
@@ -70,6 +71,8 @@ def load_data(cfg: DataConfig, trust: TrustConfig | None = None, unscored: bool 
         held_out = _collect("eval", eval_rows, cfg, cfg.eval_limit, revision, unscored)
     else:
         train, held_out = _hold_out(train, cfg)
+    if cfg.source == "picture_folders":
+        train.notes += picture_sources.notes(_train_folder(cfg), asdict(cfg.columns))
     if not train.examples:
         which = f".path={cfg.path}" if cfg.path else f"={cfg.name}"
         count = len(train.rejected) + train.no_preference.total()
@@ -159,7 +162,7 @@ def _raw(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Iterable[Ra
     if cfg.source == "emoji":
         return *emoji.rows(cfg.path, cfg.eval_fraction), emoji.VERSION
     if cfg.source == "picture_folders":
-        return _folders(cfg)
+        return _folders(cfg, trust)
     if cfg.source == "bandit":
         return _numbered("bandit", bandit.pair_rows(cfg.label_noise)), _numbered("bandit", bandit.pair_rows(0.0)), None
     if cfg.source == "hub":
@@ -223,13 +226,18 @@ def _commit(table: Any) -> str | None:
     return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
-def _folders(cfg: DataConfig) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
+def _folders(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
     """Rows of folders of images with captions."""
     if not cfg.path:
         raise UserError(f"data={cfg.name}: data.path is not set; give a folder of images")
     root, columns = Path(cfg.path).expanduser(), asdict(cfg.columns)
-    train = picture_sources.folder(root / cfg.train if cfg.train else root, columns, "data.train" if cfg.train else "data.path")
-    return train, picture_sources.folder(root / cfg.eval, columns, "data.eval") if cfg.eval else None, None
+    inside = None if trust and trust.paths else root
+    train = picture_sources.folder(_train_folder(cfg), columns, "data.train" if cfg.train else "data.path", inside)
+    return train, picture_sources.folder(root / cfg.eval, columns, "data.eval", inside) if cfg.eval else None, None
+
+
+def _train_folder(cfg: DataConfig) -> Path:
+    return Path(cfg.path).expanduser() / (cfg.train or "")
 
 
 def _files(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Iterable[RawRow], Iterable[RawRow] | None, str | None]:
@@ -252,12 +260,12 @@ def _files(cfg: DataConfig, trust: TrustConfig | None = None) -> tuple[Iterable[
 READERS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
-def check_files(cfg: DataConfig) -> None:
+def check_files(cfg: DataConfig, trust: TrustConfig | None = None) -> None:
     """Raises `UserError` if `cfg` names files and they are not there. Reads none of them."""
     if cfg.source == "files":
         _files(cfg)
     elif cfg.source == "picture_folders":
-        _folders(cfg)
+        _folders(cfg, trust)
 
 
 def first_example(cfg: DataConfig, trust: TrustConfig | None = None) -> Example | None:

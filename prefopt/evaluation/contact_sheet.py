@@ -69,7 +69,8 @@ def picture_lines(
     if not usable:
         return lines
     kinds = Counter(e.kind for e in usable)
-    about = [(f"transform {name}", done) for name, done in transform_lines(split)]
+    about = [("note", note) for note in split.notes]
+    about += [(f"transform {name}", done) for name, done in transform_lines(split)]
     about += [("kinds", ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))]
     if unused := sorted({key for e in usable for key in e.meta}):
         about.append(("columns not used", ", ".join(unused)))

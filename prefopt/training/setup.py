@@ -280,6 +280,8 @@ def _set_beta(cfg: TrainConfig, engine: Engine, source: OfflineSource | OnlineSo
 def say_rejected(*parts: Split | Dataset) -> None:
     """Nothing is left out or cut without a word."""
     for split, data in zip(parts[:2], parts[2:], strict=True):
+        for note in split.notes:
+            print(f"data: {note}", file=sys.stderr)
         for name, done in transform_lines(split):
             print(f"data: {split.name} rows, transform {name}: {done}", file=sys.stderr)
         if split.rejected:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -355,68 +354,6 @@ def test_images_of_hub_datasets_are_read_from_files(hub):
     write(hub / "data" / "train.parquet", [{"prompt": "p", "chosen": data(0), "rejected": data(1)}])
     with pytest.raises(UserError, match=r"holds images\. Fetch its files .hf download.*data=pictures data.path=FOLDER"):
         load_data(from_yaml("pictures", source="hub", path=str(hub), train="train"))
-
-
-# ---- folders -------------------------------------------------------------------------------------------
-
-
-def test_two_folders_of_the_same_names_are_pairs(tmp_path):
-    for n, name in enumerate(("a", "b", "sub/c")):
-        save(tmp_path / "chosen" / f"{name}.png", n)
-        save(tmp_path / "rejected" / f"{name}.jpg", 10 + n)
-        (tmp_path / ("rejected" if n == 1 else "chosen") / f"{name}.txt").write_text(f"caption {n}\n")
-    train, _ = load("picture-folders", tmp_path)
-    assert [(e.kind, e.prompt_text, *numbers(e)) for e in train.examples] == [
-        ("pair", f"caption {n}", n, 10 + n) for n in range(3)]  # fmt: skip
-    (tmp_path / "chosen").rename(tmp_path / "winners")
-    train, _ = load("picture-folders", tmp_path, columns={"chosen": "winners"})
-    assert len(train.examples) == 3
-
-
-def test_what_is_wrong_with_pair_folders(tmp_path):
-    for n, name in enumerate(("alone", "bare", "both", "differs", "fine")):
-        save(tmp_path / "chosen" / f"{name}.png", n)
-        if name != "alone":
-            save(tmp_path / "rejected" / f"{name}.png", 10 + n)
-        if name != "bare":
-            (tmp_path / "chosen" / f"{name}.txt").write_text(name)
-    save(tmp_path / "rejected" / "over.png", 20)
-    save(tmp_path / "chosen" / "both.jpg", 21)
-    (tmp_path / "rejected" / "differs.txt").write_text("something else")
-    train, _ = load("picture-folders", tmp_path, on_bad_row="skip")
-    assert [e.prompt_text for e in train.examples] == ["fine"]
-    assert [(Path(r.origin).name, r.reason) for r in train.rejected] == [
-        ("alone.png", "there is no image alone in rejected"),
-        ("bare.png", "it has no caption: there is no bare.txt in either folder"),
-        ("both.jpg", "both.jpg and both.png have the same name but for their ending"),
-        ("differs.png", "differs.txt says different things in the two folders; a pair has one caption (a jsonl file can give each image "
-                        "its own)"),
-        ("over.png", "there is no image over in chosen")]  # fmt: skip
-    (tmp_path / "rejected").rename(tmp_path / "losers")
-    with pytest.raises(UserError, match="there is a folder chosen and none called rejected; .*data.columns.rejected=NAME"):
-        load("picture-folders", tmp_path)
-
-
-def test_a_plain_folder_is_demonstrations(tmp_path):
-    for n in range(3):
-        save(tmp_path / f"{n}.png", n)
-        if n:
-            (tmp_path / f"{n}.txt").write_text(f"caption {n}")
-    save(tmp_path / ".hidden.png", 9)
-    train, _ = load("picture-folders", tmp_path, on_bad_row="skip")
-    assert [(e.kind, e.prompt_text, *numbers(e)) for e in train.examples] == [("demonstration", f"caption {n}", n) for n in (1, 2)]
-    assert reasons(train) == ["it has no caption: there is no 0.txt"]
-    (tmp_path / "1.txt").write_text(" ")
-    (tmp_path / "2.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(UserError, match="no usable row among 3"):
-        load("picture-folders", tmp_path, on_bad_row="skip")
-
-
-@pytest.mark.parametrize(("path", "reason"), [("nowhere", "there is no such folder"), ("empty", "the folder holds no image")])
-def test_folders_without_images(tmp_path, path, reason):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=reason):
-        load("picture-folders", tmp_path / path)
 
 
 # ---- generated and fetched -----------------------------------------------------------------------------
