@@ -5,15 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 
+from prefopt.config.compose import typed
 from prefopt.data.picture_transforms import CLASSES, distances
 from prefopt.data.sources import Split
 from prefopt.data.transforms import apply_transforms
 from prefopt.errors import UserError
 from tests.toy import data_config, example
 from tests.toy_pictures import pictured
+from tests.unit.test_compose import composed
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "image-data.md").read_text(encoding="utf-8").partition("## Transforms of pictures\n")[2]
 
 
 def changed(rows, name, seed=0, **settings):
@@ -159,3 +166,15 @@ def test_clear_pairs_teach_more_than_random_ones():
         rows.append((f"prompt {i}", abs(worth), 0.0))
     chosen = kept(judged(*rows), keep=20, gamma=0.0)
     assert sum(right[i] for i in chosen) / 20 > sum(right) / 400 + 0.1
+
+
+def test_the_page_has_a_command_for_every_transform_that_composes():
+    start = re.search(r"`prefopt train (data=.*?)`", PAGE)[1].split()
+    lines = dict(re.findall(r"^\| `(\w+)` \| .* \| `(.*)` \|$", PAGE, re.M))
+    assert set(lines) == {"fifa", "other_pictures", "damaged_pictures", "wrong_captions", "win_probability", "experts"}
+    for name, line in lines.items():
+        words = line.split()
+        assert f"transforms={name}" in words
+        algo = words[0].removeprefix("algo=")
+        kinds = typed(composed(*start, *words), "train", algo).data.transforms
+        assert list(kinds) == ["soft_labels" if name == "win_probability" else name]
