@@ -251,7 +251,7 @@ _real = lru_cache(maxsize=64)(os.path.realpath)
 def _leads_out(place: str | Path, *roots: Path) -> bool:
     """Whether a path, its links followed, lies in none of the folders."""
     where = os.path.realpath(place) + os.sep
-    return not any(where.startswith(_real(str(root)) + os.sep) for root in roots)
+    return not any(where.startswith(_real(os.path.join(os.getcwd(), root)) + os.sep) for root in roots)  # what is kept holds anywhere
 
 
 def refuse_hub_images(table: Any, path: str) -> None:

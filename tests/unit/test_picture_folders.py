@@ -154,3 +154,10 @@ def test_folders_without_images(tmp_path, path, reason):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=reason):
         load("picture-folders", tmp_path / path)
+
+
+def test_folders_are_looked_for_from_where_one_stands(tmp_path, monkeypatch):
+    for n, name in enumerate(("here", "there")):
+        pair_of(tmp_path / name / "w" / "x.png", tmp_path / name / "l" / "x.png", n)
+        monkeypatch.chdir(tmp_path / name)
+        assert [numbers(e) for e in load("picture-folders", ".")[0].examples] == [[n, 50 + n]]
