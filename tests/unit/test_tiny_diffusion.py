@@ -1,8 +1,11 @@
-"""The parts of the tiny diffusion models that need no training."""
+"""The parts of the tiny diffusion models that need no training, and how all of them are made: with a few steps, which teach nothing."""
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import shutil
 
 import pytest
 import torch
@@ -106,3 +109,81 @@ def test_training_with_muon_leaves_no_weight_behind():
     first = loss(0).item()
     assert tiny_parts.train("test", model, settings, loss, progress=False) < 0.2 * first
     assert all(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def short_recipe(tmp_path_factory):
+    """Models that have learnt nothing, in a cache of their own: the recipes with few pictures and steps."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(cache))
+        patch.setitem(tiny_parts.PICTURES, "count", 32)
+        for settings in (tiny_parts.TEXT_TRAINING, tiny_parts.VAE_TRAINING, *tiny_diffusion.TRAINING.values()):
+            short = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "many_from": 1}
+            for key in settings.keys() & short.keys():
+                patch.setitem(settings, key, short[key])
+        yield cache
+
+
+@pytest.mark.parametrize(("kind", "network", "prediction"), [
+    ("epsilon", "UNet2DConditionModel", "epsilon"), ("v", "UNet2DConditionModel", "v_prediction"), ("flow", "SD3Transformer2DModel", None),
+])
+def test_a_model_is_made_once_and_plain_diffusers_draws_with_it(kind, network, prediction, short_recipe, monkeypatch, capfd):
+    """Made as a user's first run makes it, but for the number of pictures and steps."""
+    from diffusers import DiffusionPipeline
+
+    threads = torch.get_num_threads()
+    torch.manual_seed(11)
+    random.seed(11)
+    before, python_before = torch.get_rng_state(), random.getstate()
+    with torch.no_grad():
+        path = tiny_diffusion.ensure_tiny_diffusion(kind)
+    assert torch.equal(torch.get_rng_state(), before) and random.getstate() == python_before
+    assert torch.get_num_threads() == threads and torch.get_default_dtype() == torch.float32
+    out, err = capfd.readouterr()
+    assert not out and f"pre-training denoiser (3 steps, some minutes on two cores) once into {path}" in err
+    assert path.parent == short_recipe and path == tiny_diffusion.tiny_diffusion_path(kind)
+    assert not [f for f in path.rglob("*") if f.suffix in (".bin", ".pt", ".pkl")] and not list(short_recipe.glob("*.part"))
+
+    monkeypatch.setattr(tiny_diffusion, "made", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(tiny_diffusion, "ensure_parts", lambda *_: pytest.fail("its parts were asked for"))
+    assert tiny_diffusion.ensure_tiny_diffusion(kind) == path and capfd.readouterr() == ("", "")
+
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe.transformer if kind == "flow" else pipe.unet
+    scheduler = "FlowMatchEulerDiscreteScheduler" if kind == "flow" else "DDIMScheduler"
+    assert (type(made).__name__, type(pipe.scheduler).__name__) == (network, scheduler)
+    assert pipe.scheduler.config.get("prediction_type") == prediction
+    record = json.loads((path / "tiny_diffusion.json").read_text())
+    assert record["parameters"] == made.num_parameters() and record["final_loss"] > 0
+    assert all(weight.isfinite().all() for part in (made, pipe.vae, pipe.text_encoder) for weight in part.parameters())
+    more = {"max_sequence_length": 1} if kind == "flow" else {}
+    (picture,) = pipe("a red circle", num_inference_steps=2, guidance_scale=2.0, output_type="np", **more).images
+    assert picture.shape == (world.SIZE, world.SIZE, 3)
+
+
+def test_the_models_share_their_parts(short_recipe, monkeypatch):
+    """They are made with the first model. A recipe with other parts is another model, in another folder."""
+    paths = [tiny_diffusion.ensure_tiny_diffusion(kind, progress=False) for kind in tiny_diffusion.KINDS]
+    (parts,) = (path for path in short_recipe.glob("tiny-pictures-parts-*") if path.is_dir())
+    assert sorted(path for path in short_recipe.iterdir() if path.is_dir()) == sorted([parts, *paths])
+    assert tiny_parts.ensure_parts(progress=False) == parts
+    for path in paths:
+        assert (path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == (
+            parts / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    monkeypatch.setitem(tiny_parts.VAE_TRAINING, "steps", 4)
+    assert not {tiny_diffusion.tiny_diffusion_path(kind) for kind in tiny_diffusion.KINDS} & set(paths)
+
+
+def test_making_a_model_is_repeatable(short_recipe):
+    """Whatever the caller's seed; in another cache, or after a user has removed it."""
+    path = tiny_diffusion.ensure_tiny_diffusion("v", progress=False)
+    first = (path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    path.rename(short_recipe / "elsewhere")
+    try:
+        torch.manual_seed(12)
+        tiny_diffusion.ensure_tiny_diffusion("v", progress=False)
+        assert (path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == first
+    finally:
+        shutil.rmtree(short_recipe / "elsewhere")
