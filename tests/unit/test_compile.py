@@ -1,4 +1,4 @@
-"""model.compile=true: the same log-probs and gradients from compiled layers, under the same names. The small model keeps it to seconds."""
+"""model.compile=true: the same log-probs, noises and gradients from compiled layers, of the same names. Small models keep it to seconds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from prefopt.config.schema import SamplerConfig
 from prefopt.data.batch import build
 from prefopt.errors import UserError
 from prefopt.policies.compiled import compile_layers
+from prefopt.policies.denoisers import open_denoiser
+from tests.tiny_pipelines import PROMPT, condition, folders, noisy
 from tests.toy import pair, policy, rows, save_model
 
 needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in (os.environ.get("CXX") or "", "g++", "clang++")),
                                     reason="no C++ compiler, which torch.compile needs on a CPU")
 LORA = {"enabled": True, "r": 2, "targets": "lm_head, q_proj, down_proj"}
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    return folders(tmp_path_factory)
 
 
 @needs_compiler
@@ -61,6 +68,47 @@ def test_compiled_layers_compute_what_the_others_do(tmp_path, adapters, monkeypa
         p.save(tmp_path / name)
     saved = [load_file(next((tmp_path / name).glob("*model.safetensors"))) for name in ("plain", "fast")]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+
+
+RAN = []
+
+
+def traced(graph, inputs):
+    """aot_eager, with a count of the calls. One for all tests, so that they share what was traced."""
+    run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def counted(*values):
+        RAN.append(graph)
+        return run(*values)
+
+    return counted
+
+
+@needs_compiler
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_compiled_blocks_of_pictures_compute_what_the_others_do(pipelines, family, checkpointing, monkeypatch):
+    """Predictions and gradients, in batches of two sizes. It stops short of C++, as above."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
+    folder = pipelines(family)
+    plain, fast = (open_denoiser(folder, gradient_checkpointing=checkpointing, compile=on) for on in (False, True))
+    assert list(fast.network.state_dict()) == list(plain.network.state_dict())
+    for texts in ((PROMPT, ""), (PROMPT, "a blue square", "")):
+        cond, (x, t) = condition(folder, *texts), noisy(plain, len(texts))
+        RAN.clear()
+        made, want = fast.predict(x, t, cond), plain.predict(x, t, cond)
+        forward = len(RAN)
+        torch.testing.assert_close(made, want, rtol=1e-4, atol=1e-4)
+        upstream = torch.linspace(-1, 2, made.numel()).view(made.shape)
+        grads = []
+        for out, denoiser in ((made, fast), (want, plain)):
+            denoiser.network.zero_grad()
+            (out * upstream).sum().backward()
+            grads.append({name: p.grad for name, p in denoiser.network.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
+        for name, grad in grads[1].items():
+            torch.testing.assert_close(grads[0][name], grad, rtol=1e-3, atol=1e-4 * max(1, float(grad.abs().max())))
+        assert len(RAN) == (2 if checkpointing else 1) * forward > 0  # so that this compared two different things
 
 
 def test_without_a_compiler_it_is_refused_at_once(tmp_path, monkeypatch):
