@@ -63,7 +63,7 @@ def compose_and_run(command: str, words: list[str]) -> Any:
     """One command in this process, with Hydra."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, and the sentence is ours
     version.setbase("1.3")
-    OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.,=+-]+", "_", redact(str(text))), replace=True)
+    OmegaConf.register_new_resolver("slug", _slug, replace=True)
     OmegaConf.register_new_resolver("output_dir", _output_dir, replace=True)
     _register_plugins()
     sys.argv = ["prefopt", *command.split("_"), *words]  # what the manifest shows, however this function was reached
@@ -186,6 +186,11 @@ def _output_dir() -> str:
     """The run's folder. With --cfg there is no run yet, and it is the folder that one would have."""
     hydra = HydraConfig.get()
     return hydra.run.dir if OmegaConf.is_missing(hydra.runtime, "output_dir") else hydra.runtime.output_dir
+
+
+def _slug(text: Any) -> str:
+    """What names a job's folder behind its number. Names hold 255 bytes; a sweep may have more words, and the number tells jobs apart."""
+    return re.sub(r"[^\w.,=+-]+", "_", redact(str(text))).encode()[:240].decode(errors="ignore")
 
 
 def _register_plugins() -> None:

@@ -1,4 +1,4 @@
-"""Published diffusion models' configs, with a small random pipeline of their family in place of the weights."""
+"""Published diffusion models' configs, with a small random pipeline of their family for its weights; and a sweep over two models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prefopt.cli import guarded, main
 from prefopt.config.catalogue import groups, resolved_keys
+from prefopt.launch import jobs
+from prefopt.policies import tiny_diffusion
 from prefopt.tracking.tracker import read_jsonl
-from prefopt.training import checkpoint
+from prefopt.training import checkpoint, signals
+from prefopt.training.loop import train as train_loop
 from tests.tiny_pipelines import UNETS, folders, pipeline
-from tests.toy_runs import train
+from tests.toy_runs import FAST, fresh_accelerator, train
+from tests.unit.test_report import Tags
 
 PUBLISHED = [m for m in groups()["model"] if resolved_keys("model", m)["kind"].value == "diffusion" and not m.startswith("tiny-")]
 FAMILY = {"sd15": "sd15", "sd21": "sd21", "sdxl": "sdxl", "pixart": "pixart", "sd3": "sd3", "flux": "flux", "sana": "sana"}  # by beginning
@@ -25,7 +30,7 @@ TRAINED = [
     "flux-dev", "flux-dev-lora", "sana-1.6b", "sana-1.6b adapter=lora",
 ]
 ONE_STEP = ["model.resolution=16", "data=tiny-pictures", "data.limit=4", "data.eval_limit=2", "train.steps=1", "train.batch_size=2",
-            "train.eval_every=1", "evaluation.prompts=1", "sampler.steps=2", "optim.warmup=0"]
+            "train.eval_every=1", "evaluation.prompts=2", "sampler.steps=2", "optim.warmup=0"]
 
 
 def family_of(model: str) -> str:
@@ -76,3 +81,29 @@ def test_published_models_train_from_a_local_folder_of_their_family(words, folde
     assert kept and all("lora_" in name and torch.equal(plain[name], weight) for name, weight in kept.items())
     assert {name for name in plain if "lora_" in name} == set(kept)
     assert any(weight.any() for name, weight in kept.items() if "lora_B" in name)
+
+
+def test_a_multirun_over_two_objectives_and_two_picture_models_is_compared(folder, tmp_path, monkeypatch, capsys):
+    """`prefopt train -m` and then `prefopt compare` on its folder, as a user would. Jobs run in this process, which saves four starts."""
+
+    def here(job, cfg, words, log) -> int:
+        with fresh_accelerator():
+            return guarded(lambda: train_loop(cfg))
+
+    monkeypatch.setattr(jobs, "_run", here)
+    monkeypatch.setattr(signals, "STOPS", ())  # a job's thread may set no handlers
+    monkeypatch.setattr(tiny_diffusion, "ensure_tiny_diffusion", lambda kind: folder({"epsilon": "sd15", "flow": "sd3"}[kind]))
+    sweep = tmp_path / "sweep"
+    assert main(["train", "-m", "algo=diffusion_dpo,ipo", "model=tiny-diffusion,tiny-flow", *FAST, "model.latent=[4,2]", *ONE_STEP,
+                 f"hydra.sweep.dir={sweep}", "hydra.launcher.jobs=1"]) == 0
+    assert all(folder.name.startswith(f"{number}-algo=") and len(folder.name) > 200  # its words make more than a name can hold
+               for number, folder in enumerate(sorted(path for path in sweep.iterdir() if path.is_dir())))
+    found = json.loads((sweep / "sweep.json").read_text())
+    assert [job["state"] for job in found] == ["finished"] * 4 and len(list(sweep.glob("*/report.html"))) == 4
+    capsys.readouterr()
+    assert main(["compare", str(sweep)]) == 0
+    said, page = capsys.readouterr().out, Tags((sweep / "compare.html").read_text(encoding="utf-8")).text
+    named = {f"{algo} model={model}" for algo in ("diffusion_dpo", "ipo") for model in ("tiny-diffusion", "tiny-flow")}
+    rows = re.findall(r"^([A-Z])  (\S+ model=\S+)", said.partition("\n\n")[0], flags=re.MULTILINE)
+    assert "".join(sorted(letter for letter, _ in rows)) == "ABCD" and {method for _, method in rows} == named
+    assert all(method in page for method in named) and "The runs start from different models" in page
