@@ -12,10 +12,12 @@ from prefopt.cli import main
 from prefopt.data.tiny_pictures import true_reward
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
+from tests.e2e.test_trackers import teardown
 from tests.e2e.test_train import interrupt_at
 from tests.tiny_pipelines import save
 from tests.toy_runs import train
 from tests.unit.test_report import Tags
+from tests.wandb_reader import artifact_files, history
 
 STEPS = "sampler.steps=2"
 
@@ -29,11 +31,13 @@ def words(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(words, tmp_path_factory):
-    """Two methods, one of them killed after its third step and continued."""
-    root = tmp_path_factory.mktemp("runs")
+    """Two methods, one of them killed after its third step and continued, the other one told to W&B."""
+    root, home = tmp_path_factory.mktemp("runs"), str(tmp_path_factory.mktemp("home"))
     (root / "here").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root / "here")
+        for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(name, home)
         assert train(root / "one", *words) == 0
         with patch.context() as killing:
             interrupt_at(killing, 4, error=SystemError("killed"))
@@ -41,7 +45,9 @@ def runs(words, tmp_path_factory):
                 train(root / "killed", *words)
         assert checkpoint.steps(root / "killed" / "checkpoints")[-1].name == "step-000002"
         assert train(root / "killed", *words) == 0
-        assert train(root / "two", *words, "algo.beta=0.5") == 0
+        teardown()
+        assert train(root / "two", *words, "algo.beta=0.5", "tracker=wandb-offline") == 0
+        teardown()
     return root
 
 
@@ -64,6 +70,22 @@ def test_a_killed_run_continues_to_the_same_bits(runs):
     first, last = ([{k: v for k, v in row.items() if k in ("step", "split", "loss", "accuracy", "accuracy_at/25", "variety")}
                     for row in read_jsonl(runs / name / "metrics.jsonl")] for name in ("one", "killed"))  # fmt: skip
     assert first == last
+
+
+def test_wandb_has_the_pictures_of_each_evaluation(runs):
+    """Under their captions, byte by byte; and in the last table, beside those from before."""
+    samples = read_jsonl(runs / "two" / "samples.jsonl")
+    (file,) = (runs / "two" / "wandb").glob("*/*.wandb")
+    shown = [row for row in history(file) if "images.filenames" in row]
+    assert [row["step"] for row in shown] == [0, 2, 4]
+    for row in shown:
+        own = [sample for sample in samples if sample["step"] == row["step"]]
+        assert row["images.captions"] == [sample["prompt"] for sample in own] and len(own) == 4
+        assert [(file.parent / "files" / name).read_bytes() for name in row["images.filenames"]] == [
+            (runs / "two" / sample["image"]).read_bytes() for sample in own]
+    table = artifact_files(file)
+    before, after = (table[cell["path"]] for cell in json.loads(table["samples.table.json"])["data"][0][2:4])
+    assert [before, after] == [(runs / "two" / sample["image"]).read_bytes() for sample in (samples[0], samples[-4])]
 
 
 def test_what_evaluations_of_a_run_measure(runs):
