@@ -186,8 +186,7 @@ class Encodings:
         images: dict[bytes, Wanted] = {}
         captions = {_key("caption", ""): ""}
         for example in examples:
-            said = [example.prompt_text, *(c.text for c in example.completions if c.picture and c.text.strip())]
-            captions |= {_key("caption", text): text for text in said}
+            captions |= {_key("caption", text): text for text in texts_of(example)}
             parts = [c.picture for c in example.completions if c.picture]
             try:
                 frame = self.framing.size(parts)
@@ -213,6 +212,11 @@ class Encodings:
                 self._keys[address] = key
                 if of.flip:
                     self.mirrored[self._address(of.part, of.frame, False)] = address
+
+
+def texts_of(example: Example) -> list[str]:
+    """The captions of a row: its own, and those that its images have instead."""
+    return [example.prompt_text, *(c.text for c in example.completions if c.picture and c.text.strip())]
 
 
 def _image_key(part: Part, frame: tuple[int, int], flip: bool) -> bytes:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from prefopt.config.noise import BY_A_MODEL
 from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, SamplerConfig
 from prefopt.data.batch import MicroBatch
-from prefopt.data.latents import Encodings, encode, patient
+from prefopt.data.latents import Encodings, encode, patient, texts_of
 from prefopt.data.records import BadRow, Example, Message
 from prefopt.data.tokenise import Tokens
 from prefopt.errors import RunFailed
@@ -65,6 +65,7 @@ class DiffusionPolicy(nn.Module):
         self.cfg, self.precision, self.source = cfg, precision, source
         self.denoiser, self.process, self.network = denoiser, denoiser.process, denoiser.network.to(device)
         self.encodings: Encodings | None = None
+        self.captions: dict[str, int] | None = None  # of the rows, for the manifest: how many, and how many are cut
         self.encoders = encoders  # opened when something has to be encoded or decoded
         self.draws = Draws(noise, seed)
         self.ways: dict[int, Way] = {}  # group -> how its sample was drawn, for plan=states
@@ -99,6 +100,8 @@ class DiffusionPolicy(nn.Module):
         """Makes the pictures and captions of `examples` known, from the store or by VAE and text encoders. Raises `UserError`."""
         if self.users is not None:
             self.users.read(data.users)
+        if accelerator.is_main_process:
+            self.captions = self.encoders().count_long(text for e in examples for text in texts_of(e))
         side = self.cfg.resolution // self.denoiser.factor
         self.encodings = encode(
             examples, data, self.cfg.resolution, self.encoders, shape=(self.denoiser.latent_channels, side, side),
@@ -131,6 +134,7 @@ class DiffusionPolicy(nn.Module):
         try:
             caption = self.encodings.caption_of(text)
         except BadRow:  # asked for by a person
+            self.encoders().count_long([text])
             caption = self.encodings.add_caption(text, self.encoders().captions([text])[0])
         return [self._told(caption, user)]
 

@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import inspect
 import sys
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +36,7 @@ class NotFinite(UserError):
 
 
 class Encoders:
-    """`latents` and `decode` use the VAE, `captions` the text encoders; `free` lets go of both. `cut` counts the captions so far of which
-    no encoder read the end."""
+    """`latents` and `decode` use the VAE, `captions` the text encoders; `free` lets go of both. `count_long` needs a tokenizer alone."""
 
     def __init__(self, folder: PipelineFolder, dtype: torch.dtype, device: torch.device):
         import diffusers
@@ -44,7 +44,6 @@ class Encoders:
         self.folder, self.dtype, self.device = folder, dtype, device
         self.pipeline = getattr(diffusers, folder.pipeline)
         self.defaults = {name: p.default for name, p in inspect.signature(self.pipeline.__call__).parameters.items()}
-        self.cut = 0
 
     # ---- pictures --------------------------------------------------------------------------------
 
@@ -105,9 +104,10 @@ class Encoders:
         parts: dict[str, Any] = {}
         for name, p in inspect.signature(self.pipeline.__init__).parameters.items():
             if name.startswith(("text_encoder", "tokenizer")) and name in self.folder.parts:
-                parts[name] = self.folder.load(name, self.dtype if name.startswith("text_encoder") else None)
                 if name.startswith("text_encoder"):
-                    parts[name] = parts[name].requires_grad_(False).to(self.device)
+                    parts[name] = self.folder.load(name, self.dtype).requires_grad_(False).to(self.device)
+                else:
+                    parts[name] = self._load_tokenizer(name)
             elif name != "self" and p.default is inspect.Parameter.empty:
                 parts[name] = None
             elif name == "force_zeros_for_empty_prompt":
@@ -124,15 +124,8 @@ class Encoders:
         """What the network reads of each text, on the CPU: `prompt_embeds` [T, d], and by family `pooled` [d] or `mask` [T].
 
         "" stands for no caption and is encoded as the pipeline does it for classifier-free guidance: zeros of SDXL models that say so, and
-        without the instruction that Sana puts before captions. Texts longer than the encoders read are cut, counted in `cut`, and told
-        once.
+        without the instruction that Sana puts before captions. Texts longer than the encoders read are cut without a word (`count_long`).
         """
-        said = [text for text in texts if text.strip()]
-        long = self.too_long(said)
-        if long and not self.cut:
-            print(f"captions: the text encoders of {self.folder.path.name} read {self.limit} tokens, and of the first {len(said)} captions "
-                  f"{len(long)} are longer, such as {said[long[0]][:60]!r}; what stands after is not read", file=sys.stderr)
-        self.cut += len(long)
         done: dict[str, dict[str, Tensor]] = {}
         distinct = list(dict.fromkeys(text if text.strip() else "" for text in texts))
         for i in range(0, len(distinct), BATCH):
@@ -172,7 +165,13 @@ class Encoders:
     @cached_property
     def _tokenizer(self) -> Any:
         """By itself: how long captions are is known without any weights."""
-        return self.folder.load(self._reader)
+        return self._load_tokenizer(self._reader)
+
+    def _load_tokenizer(self, name: str) -> Any:
+        made = self.folder.load(name)
+        # It would warn of "indexing errors" where a caption is merely cut; `count_long` says what happens.
+        made.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        return made
 
     @property
     def limit(self) -> int:
@@ -190,6 +189,16 @@ class Encoders:
             before = "\n".join(instruction)
             limit += len(tokenizer.encode(before)) - 2
         return [i for i, ids in enumerate(tokenizer([before + t for t in texts], verbose=False)["input_ids"]) if len(ids) > limit]
+
+    def count_long(self, texts: Iterable[str]) -> dict[str, int]:
+        """How many of the distinct captions among `texts` have an end that no text encoder reads, which is said on stderr. Stored or not:
+        no weights are needed for it."""
+        captions = list(dict.fromkeys(text for text in texts if text.strip()))
+        long = self.too_long(captions)
+        if long:
+            print(f"captions: {len(long):,} of {len(captions):,} captions are longer than {self.limit} tokens and are cut there, such as "
+                  f"{captions[long[0]][:60]!r}; what stands after is not read", file=sys.stderr)
+        return {"distinct": len(captions), "cut": len(long), "limit": self.limit}
 
     # ---- both ------------------------------------------------------------------------------------
 

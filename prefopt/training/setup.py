@@ -256,7 +256,8 @@ def set_up(cfg: TrainConfig, accelerator: Accelerator) -> Run:
         "parameters": sum(whole_shape(p).numel() for p in policy.parameters()),
         "tokenizer_sha256": policy.tokeniser.digest() if hasattr(policy, "tokeniser") else None,
         "data": {s.name: {"sha256": read[s.name], "revision": s.revision, **d.stats} for s, d in
-                 ((train_split, train), (held_out_split, held_out))},
+                 ((train_split, train), (held_out_split, held_out))}
+        | ({"captions": told} if (told := getattr(policy, "captions", None)) else {}),
     }
     return Run(cfg, folder, engine, source, moving, judge, held_out, total, is_initial,
                unit(objective.view, {row.kind for row in train.rows}, online), peak, about)

@@ -20,6 +20,7 @@ from prefopt.cli import main
 from prefopt.config.schema import DataConfig, LoraConfig, ReferenceConfig
 from prefopt.data import tiny_pictures
 from prefopt.policies.denoisers import open_denoiser
+from prefopt.policies.encoders import Encoders
 from prefopt.policies.lora_export import matrices
 from prefopt.tracking.tracker import read_jsonl
 from prefopt.training import checkpoint
@@ -283,6 +284,50 @@ def test_kto_with_buckets_mismatches_pictures_of_one_shape(run, tmp_path, capsys
     logged = rows(tmp_path / "kto")
     assert all(r["kl_estimate"] >= 0 for r in logged) and logged[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     assert len({r["kl_estimate"] for r in logged}) > 1
+
+
+@pytest.fixture
+def long_captions(tmp_path, monkeypatch):
+    """Words for runs over pictures of which three captions have 15 words, one more than the text encoder reads. The store is empty."""
+    monkeypatch.setenv("PREFOPT_STORE", str(tmp_path / "store"))
+    generator, table = np.random.default_rng(0), []
+    for number in range(6):
+        for side in "ab":
+            Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{number}{side}.png")
+        caption = " ".join(["red"] * (15 if number < 2 else 14) + ["circle"] * (number % 2))
+        table.append({"prompt": caption, "chosen": f"{number}a.png", "rejected": f"{number}b.png"})
+    for name, lines in (("train", table), ("held", table[-2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ["algo=diffusion_dpo", "data=pictures", f"data.path={tmp_path}", "data.train=train.jsonl", "data.eval=held.jsonl",
+            "train.steps=1"]
+
+
+def test_captions_that_are_cut_are_told_in_every_run(run, long_captions, tmp_path, monkeypatch, capsys):
+    """Also where nothing is encoded any more; in one line, with their total, which is in the manifest too."""
+    warned = []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda said, *_: warned.append(said))
+    for name, stored in (("first", 0), ("second", 5)):
+        assert run(name, *long_captions) == 0
+        said = capsys.readouterr().err
+        assert f"captions: 5 ({stored} were stored)" in said, "the empty one among them"
+        assert said.count("captions: 3 of 4 captions are longer than 16 tokens and are cut") == said.count("are cut") == 1
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert manifest["data"]["captions"] == {"distinct": 4, "cut": 3, "limit": 16}
+    assert not warned
+
+
+def test_a_second_run_over_a_filled_store_loads_neither_vae_nor_text_encoder(run, long_captions, monkeypatch):
+    """Though some of its captions are too long, which is counted."""
+    assert run("first", *long_captions) == 0
+
+    def refuse(self):
+        raise AssertionError("everything is stored")
+
+    for part in ("vae", "texts"):
+        monkeypatch.setattr(Encoders, part, property(refuse))
+    assert run("second", *long_captions, "train.steps=2") == 0
+    with pytest.raises(AssertionError, match="everything is stored"):
+        run("third", *long_captions, "data.flip=true")
 
 
 # ---- rounds ---------------------------------------------------------------------------------------------
