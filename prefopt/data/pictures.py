@@ -351,9 +351,9 @@ def check_row(example: Example) -> None:
         raise same(example, first, last)
 
 
-def same(example: Example, first: Part, last: Part) -> BadRow:
+def same(example: Example, first: Part, last: Part, how: str = "have the same bytes") -> BadRow:
     what = "chosen and rejected" if example.kind == "pair" else "the best and the worst completion"
-    return BadRow(f"{what} are the same image ({name_of(first)} and {name_of(last)} have the same bytes)")
+    return BadRow(f"{what} are the same image ({name_of(first)} and {name_of(last)} {how})")
 
 
 # ---- on the way to a model -----------------------------------------------------------------------------

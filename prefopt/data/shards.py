@@ -95,6 +95,11 @@ class Shards:
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
 
+    def view(self, key: bytes, name: str) -> np.ndarray:
+        """One array of an entry, mapped: what is not looked at is not read. Raises `KeyError`."""
+        path, row = self.places[key]
+        return self.seen[path][name][row]
+
     def get(self, key: bytes) -> dict[str, np.ndarray]:
         """A copy of an entry. Raises `KeyError`."""
         path, row = self.places[key]

@@ -248,6 +248,26 @@ def test_identical_images_in_cells_are_found_when_they_are_read(tmp_path, fake):
         run([example], fake).images_of(example)
 
 
+def test_identical_images_in_two_formats_are_found_by_their_latents(tmp_path, fake):
+    """Nothing can be learned from such a pair, and no byte of it tells."""
+    a, other = save(tmp_path, "a.png", 0), save(tmp_path, "c.png", 1)
+    Image.fromarray(pixels(0)).save(tmp_path / "b.bmp")
+    b = {"image": str(tmp_path / "b.bmp")}
+    table = [{"prompt": "p", "chosen": a, "rejected": b}, {"prompt": "p", "completions": [a, other, b], "scores": [3, 2, 1]},
+             {"prompt": "p", "chosen": a, "rejected": {**a, "ops": ["blur:0"]}}, {"prompt": "p", "chosen": a, "rejected": other},
+             {"prompt": "p", "chosen": a, "rejected": {**b, "caption": "q"}}]  # fmt: skip
+    examples = [parse_row(row, COLUMNS) for row in table]
+    for example in examples:
+        pictures.check_row(example)
+    made = run(examples, fake)
+    for example, said in zip(examples, ("chosen and rejected are", "the best and the worst completion are", "chosen and rejected are"),
+                             strict=False):
+        with pytest.raises(BadRow, match=f"{said} the same image .*a.png and .* come to the same pixels"):
+            made.images_of(example)
+    for example in examples[3:]:
+        assert len(set(made.images_of(example))) == 2
+
+
 def test_trap_4_12_nan_names_the_row(tmp_path, fake, monkeypatch):
     examples = [pair(tmp_path / "a", i) for i in range(3)]
     monkeypatch.setattr(FakeEncoders, "latents", lambda self, x: (x / (torch.arange(len(x)) != 2)[:, None, None, None], x * 0))
