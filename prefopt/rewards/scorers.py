@@ -89,10 +89,11 @@ def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 class Files:
-    """The files of the model at `path`: a folder, or a hub id. Everything it raises is a `UserError` that begins with the path."""
+    """The files of the model at `path`: a folder, or a hub id. Everything it raises is a `UserError` that begins with `asked`, the setting
+    that named it."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, asked: str | None = None):
+        self.path, self.asked = path, asked or f"reward.path={path}"
         given = Path(path).expanduser()
         if not given.is_dir() and (path.startswith((".", "/", "~")) or given.exists()):
             raise self.wrong(f"there is no such folder (looked from {Path.cwd()})")
@@ -109,7 +110,7 @@ class Files:
         self.tensors = {name: t for name, t in merged.items() if not name.endswith("position_ids")}
 
     def wrong(self, why: str) -> UserError:
-        return UserError(f"reward.path={self.path}: {why}")
+        return UserError(f"{self.asked}: {why}")
 
     def _fetch(self) -> Path:
         from huggingface_hub import snapshot_download
@@ -206,9 +207,9 @@ class Scorer:
     context = 0  # tokens of a caption that are read; 0: none
     tokenizer: Any = None
 
-    def __init__(self, path: str, device: torch.device):
+    def __init__(self, path: str, device: torch.device, asked: str | None = None):
         self.device, self.cut, self.said = device, 0, 0
-        files = Files(path)
+        files = Files(path, asked)
         self.build(files)
         self.modules().to(device).eval().requires_grad_(False)
         self.source = {"path": path, "fingerprint": Located(str(files.folder), None, path).fingerprint()}

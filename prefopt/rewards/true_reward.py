@@ -45,7 +45,8 @@ def of_pictures(kind: str, path: str | None, device: torch.device | str, **setti
 
 def held_out_rewards(cfg: EvaluationConfig, device: torch.device | str = "cpu") -> dict[str, RewardFunction]:
     """Metric name -> function: samples are judged by them and nothing is trained on them."""
-    return {f"{HELD_OUT}{kind}": of_pictures(kind, path, device) for kind, path in map(held_out_reward, cfg.rewards)}
+    asked = ((said, *held_out_reward(said)) for said in cfg.rewards)
+    return {f"{HELD_OUT}{kind}": of_pictures(kind, path, device, asked=f"evaluation.rewards: {said}") for said, kind, path in asked}
 
 
 def make_rewards(cfg: RewardConfig, data: DataConfig, trust: TrustConfig | None = None, device: torch.device | str = "cpu",

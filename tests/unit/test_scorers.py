@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from prefopt.cli import main
-from prefopt.config.schema import DataConfig, RewardConfig
+from prefopt.config.schema import DataConfig, EvaluationConfig, RewardConfig
 from prefopt.data.records import Completion, Example, Message
 from prefopt.data.sources import load_data
 from prefopt.errors import UserError
 from prefopt.rewards import scorers
 from prefopt.rewards.scorers import BLIP_L, CLIP_H, CLIP_MEAN, CLIP_STD, SCORERS, cropped, harmonic, padded
-from prefopt.rewards.true_reward import make_rewards
+from prefopt.rewards.true_reward import held_out_rewards, make_rewards
 from tests.toy import tokenizer
 
 CPU = torch.device("cpu")
@@ -392,6 +392,8 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path, opened):
 
     refused("pickscore", "no/such-model", "nor to be had from the hub")
     refused("clip", "./nowhere", "there is no such folder")
+    with pytest.raises(UserError, match="^evaluation.rewards: clip:./nowhere: there is no such folder"):  # nobody has set reward.path
+        held_out_rewards(EvaluationConfig(rewards=["clip:./nowhere"]))
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "HPS_v2.1_compressed.pt").write_bytes(b"")
     refused("hpsv2", tmp_path / "pickle", "HPS_v2.1_compressed.pt, a pickle", "docs/image-rewards.md")
