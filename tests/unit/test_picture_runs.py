@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from prefopt.cli import main
 from prefopt.config.schema import DataConfig, LoraConfig, ReferenceConfig
 from prefopt.data import tiny_pictures
+from prefopt.data.records import Example, Message
 from prefopt.policies.denoisers import open_denoiser
 from prefopt.policies.encoders import Encoders
 from prefopt.policies.lora_export import matrices
@@ -314,6 +315,15 @@ def test_captions_that_are_cut_are_told_in_every_run(run, long_captions, tmp_pat
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert manifest["data"]["captions"] == {"distinct": 4, "cut": 3, "limit": 16}
     assert not warned
+
+
+def test_one_process_of_many_tells_of_captions_that_are_cut(folder, capsys):
+    policy = toy.policy(folder)
+    example = Example(prompt=[Message("user", [{"type": "text", "text": "red " * 15}])], completions=[], kind="prompt")
+    for main_process in (True, False):
+        policy.encode([example], DataConfig(name="mine", source="files"),
+                      SimpleNamespace(is_main_process=main_process, process_index=int(not main_process), num_processes=1))
+        assert ("1 of 1 captions are longer" in capsys.readouterr().err) == main_process
 
 
 def test_a_second_run_over_a_filled_store_loads_neither_vae_nor_text_encoder(run, long_captions, monkeypatch):
