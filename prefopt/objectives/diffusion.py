@@ -203,8 +203,8 @@ class SUDO(Objective):
 
     e(xw) = -scale log pi(xw), the mean squared error (scale = 2/D); h as in DPO
     L = -(1 - mix) log sigmoid(beta h) + mix e(xw), mean over pairs
-    The official code has mix 1/2 and takes another row's picture for the loser (transform other_pictures); its paper speaks of damaged ones
-    (transform damaged_pictures). mix = 0 is Diffusion-DPO. Rewards: beta (log pi - log ref). Ranges: the loss starts at (1 - mix) ln 2 plus
+    mix is 1/2. Losers are damaged winners (transform damaged_pictures), as the paper has it; its code takes another row's picture
+    (transform other_pictures). mix = 0 is Diffusion-DPO. Rewards: beta (log pi - log ref). Ranges: the loss starts at (1 - mix) ln 2 plus
     mix times the error of the chosen pictures, rewards at 0. When: captioned pictures that deserve to be imitated, and no preferences.
     Limits: it learns what the damage is, not what people like; an undamaged loser teaches nothing.
     """

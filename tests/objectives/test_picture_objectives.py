@@ -149,6 +149,13 @@ def test_trap_4_1_a_run_has_the_beta_of_its_models_latents(words, dims):
     assert latent_dims(cfg.model) == dims and make_objective(cfg.algo).beta == pytest.approx(2000 / dims)
 
 
+def test_where_code_and_paper_disagree_the_paper_is_the_default():
+    words = ("model=sd15", "data=pictures", "data.path=x")
+    sudo, rankdpo = (typed(composed(f"algo={slug}", *words), "train", slug) for slug in ("sudo", "rankdpo"))
+    assert list(sudo.data.transforms) == ["damaged_pictures"]  # its code takes other rows' pictures
+    assert (rankdpo.noise.plan, rankdpo.data.transforms) == ("independent", {})  # one time for all pictures of a prompt, a noise for each
+
+
 def test_a_score_is_half_the_summed_error():
     policy = picture_policy(draws=3, shape=(2, 2, 2))
     batch, _ = scored_rows(policy, DPO(), pairs(2))
