@@ -17,7 +17,8 @@ from prefopt.policies.noise import address
 from prefopt.policies.pipeline import load_diffusion
 from prefopt.training.source import OfflineSource
 
-CAPTION = {"sd15": {"prompt_embeds": (4, 16)}, "sd21": {"prompt_embeds": (4, 1024)}, "sd3": {"prompt_embeds": (4, 32), "pooled": (32,)}}
+CAPTION = {"sd15": {"prompt_embeds": (4, 16)}, "sd21": {"prompt_embeds": (4, 1024)}, "sd3": {"prompt_embeds": (4, 32), "pooled": (32,)},
+           "sdxl": {"prompt_embeds": (4, 32), "pooled": (16,)}}  # fmt: skip
 SHAPE = (4, 8, 8)  # of a latent at 16 pixels
 
 

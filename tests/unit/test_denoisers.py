@@ -47,6 +47,11 @@ def test_a_prediction_is_what_the_pipeline_computes(folder, family):
     assert out.std() > 1e-3
 
 
+def test_trap_4_30_a_folders_name_says_nothing_of_its_family(folder, tmp_path):
+    place = shutil.copytree(folder("sdxl"), tmp_path / "sd15-turbo-refiner-flux")
+    assert open_denoiser(place).family == "sdxl"
+
+
 def test_families_are_told_apart(folder):
     wanted = {"sd3-no-t5": "sd3", "pixart-alpha": "pixart"}
     for family in FAMILIES:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from prefopt.config.schema import DataConfig, OptimConfig, SamplerConfig
+from prefopt.config.schema import DataConfig, ModelConfig, NoiseConfig, OptimConfig, SamplerConfig
 from prefopt.data.latents import Encodings
 from prefopt.data.pictures import Framing
 from prefopt.objectives.pairwise import DPO
 from prefopt.objectives.unary import KTO
 from prefopt.policies.noise import HEAD, Draws, address
+from prefopt.policies.pipeline import load_diffusion
 from prefopt.policies.process import Process
 from prefopt.policies.reference import AdapterOff, FrozenCopy, make_reference
 from prefopt.training.engine import Engine, quantities
@@ -404,3 +406,43 @@ def test_pictures_of_different_shapes_are_scored_as_they_are_alone(folders):
     for number in range(4):
         alone = policy(toy.source(policy, rows).micro_batches([number], 0)[0])["token_logp"]
         assert torch.allclose(together[number], alone, atol=1e-5, rtol=1e-5)
+
+
+# ---- every family, size and guidance -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+def test_trap_4_2_the_half_is_there_for_every_family(family, tmp_path):
+    policy = toy.policy(save(family, tmp_path / family), {"draws": 2}, family=family)
+    micro = toy.micro(policy, toy.rows(policy, 1))
+    with torch.no_grad():
+        made, sites = policy(micro), micro.made
+        said = policy.predict(sites.x_t, sites.t, sites.captions, sites.sizes)
+    torch.testing.assert_close(made["token_logp"], -0.5 * (said - sites.target).square().flatten(1).sum(1) / 2)
+
+
+def test_trap_4_1_a_bucket_is_scored_by_its_own_number_of_dims(folders):
+    policy = toy.policy(folders["sd15"])
+    for shape in ((4, 8, 8), (4, 4, 12)):
+        micro = toy.source(policy, toy.rows(policy, 1, shapes=(shape,))).step(0)[0]
+        made = policy(micro)
+        torch.testing.assert_close(made["token_logp"], -0.5 * math.prod(shape) * made["error"])
+
+
+def test_trap_4_14_a_policy_has_the_dynamic_shift_of_its_own_resolution(tmp_path):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    folder = save("flux", tmp_path / "flux")
+    for resolution in (64, 256):
+        cfg = ModelConfig(name="toy", kind="diffusion", path=str(folder), resolution=resolution, latent=[4, 2])
+        made = load_diffusion(cfg, torch.device("cpu"), "fp32", 0, NoiseConfig())
+        assert made.process.shift == pytest.approx(math.exp(calculate_shift((resolution // 4) ** 2)))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_trap_4_34_samples_have_the_models_guidance_unless_told_otherwise(folders, family):
+    policy = toy.policy(folders[family], family=family, guidance=2.5).eval()
+    start, said = torch.randn(1, *toy.SHAPE, generator=torch.Generator().manual_seed(1)), [[policy.encodings.caption_of("a")]]
+    with torch.no_grad():
+        own, asked, none = (policy._denoise(start, said, SamplerConfig(steps=3, guidance=g)) for g in (None, 2.5, 1.0))
+    assert torch.equal(own, asked) and not torch.allclose(own, none)

@@ -18,6 +18,15 @@ def folder(tmp_path_factory):
     return folders(tmp_path_factory)
 
 
+def test_trap_4_12_pictures_are_decoded_in_fp32_under_autocast(folder):
+    encoders, latents = open_encoders(folder("sdxl")), 3 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = encoders.decode(latents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = encoders.decode(latents)
+    assert [picture.tobytes() for picture in plain] == [picture.tobytes() for picture in inside]
+
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trap_4_12_pictures_are_encoded_and_decoded_as_the_pipeline_does(folder, family):
     pipe, encoders = pipeline(folder(family)), open_encoders(folder(family), dtype=torch.bfloat16)

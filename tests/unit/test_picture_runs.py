@@ -81,13 +81,23 @@ def test_trap_4_24_a_killed_run_goes_on_to_the_same_bits(words, run, tmp_path, m
         with pytest.raises(SystemError):
             run("run", *words)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1].name == "step-000003"
-    assert run("run", *words) == 0
+    real, made = Engine.step, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", lambda self, *args: (made.append(1), real(self, *args))[1])
+        assert run("run", *words) == 0
+    assert len(made) == len(rows(tmp_path / "whole")) - 3, "it went on behind step 3 and did not begin anew"
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     own, average = ({n.split(" ", 1)[1]: t for n, t in whole.items() if n.startswith(kind)} for kind in ("weights", "ema"))
     assert own.keys() == average.keys() and not all(torch.equal(own[name], average[name]) for name in own)
     assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "run")]
     assert rows(tmp_path / "whole", "eval")[-1]["loss"] == rows(tmp_path / "run", "eval")[-1]["loss"]
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-6), ("bf16", 5e-3)])
+def test_trap_4_4_stored_scores_leave_the_first_margin_at_zero(precision, rounding, run, tmp_path):
+    assert run("run", "algo=diffusion_dpo", "noise.pool=3", "reference.store=on", f"hardware.precision={precision}") == 0
+    assert rows(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(math.log(2), abs=rounding)
 
 
 @pytest.mark.parametrize("what", ["weights", "adapter"])
