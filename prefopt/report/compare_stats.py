@@ -153,7 +153,8 @@ def by_seed(rows: np.ndarray, seeds: Sequence) -> np.ndarray:
 def compare_pairs(pairs: Sequence[Pair], seeds: Sequence[int]) -> list[Difference]:
     """Two-sided tests of every pair, corrected together. `seeds[i]` is the number of seeds of method i.
 
-    p is the share of resamples that lie at least as far from the observed value as that lies from the null value.
+    p is the share of resamples that lie at least as far from the observed value as that lies from the null value. A few prompts resample
+    to hardly anything but themselves: p is never below 2^(1 - P), how often P fair coins fall alike.
     """
     if not pairs:
         return []
@@ -171,7 +172,7 @@ def compare_pairs(pairs: Sequence[Pair], seeds: Sequence[int]) -> list[Differenc
         beyond += (np.abs(deviations) >= distance - 1e-12).sum(0)
         ends = np.quantile(observed + deviations, (0.025, 0.975), axis=0) if ends is None else ends
         done += CHUNK
-    p = (1 + beyond) / (1 + done)
+    p = np.maximum((1 + beyond) / (1 + done), 2.0 ** (1 - len(values)))
     found = [
         Difference(pair.a, pair.b, *map(float, (observed[k], ends[0, k], ends[1, k], p[k])), null=pair.null) for k, pair in enumerate(pairs)
     ]

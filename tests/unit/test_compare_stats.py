@@ -71,6 +71,13 @@ def test_pairing_by_prompt_sharpens_a_comparison():
     assert unpaired.high - unpaired.low > 3 * (paired.high - paired.low)
 
 
+@pytest.mark.parametrize(("prompts", "least"), [(1, 1.0), (2, 0.5), (5, 1 / 16), (30, 1 / 2001)])
+def test_a_few_prompts_prove_nothing(prompts, least):
+    better = np.linspace(1.0, 1.1, prompts)
+    (found,) = stats.compare_pairs([stats.Pair(0, 1, better, 0.0, 0.0)], [1, 1])
+    assert found.p == pytest.approx(least)
+
+
 def test_holm_by_hand():
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
@@ -97,8 +104,9 @@ def test_head_to_head_counts_wins_and_ties():
     assert (turned.prompts + pair.prompts).tolist() == [1.0] * 4
     two = stats.win_pair(0, 1, np.vstack([a, a + 10]), b, [0, 1], [0])
     assert two.prompts.tolist() == [1.0, 0.75, 0.5, 1.0], "the mean over pairs of seeds"
-    everything = stats.compare_pairs([stats.win_pair(0, 1, b + 9, b, [0], [0])], [1, 1])[0]
-    assert everything.value == 1.0 and everything.significant
+    often = np.tile(b, 2)  # four prompts are too few for any difference
+    few, everything = (stats.compare_pairs([stats.win_pair(0, 1, x + 9, x, [0], [0])], [1, 1])[0] for x in (b, often))
+    assert few.value == everything.value == 1.0 and everything.significant and not few.significant
     same = stats.compare_pairs([stats.win_pair(0, 1, b, b, [0], [0])], [1, 1])[0]
     assert same.value == 0.5 and same.p == 1.0
 
